@@ -1,0 +1,952 @@
+-- Stepwell: the whole database, in reading order.
+--
+--   1. tables       what is known: runs, keys, tasks, outbox, workers, workflows, counters, doorbell
+--   2. producers    the public functions, callable from any language inside the caller's transaction:
+--                   enqueue, enqueue_many, cancel, retry; the view run_status
+--   3. claimants    the protocol of the workers: register, claim, flush, promote, shelve, reclaim
+--   4. roles        stepwell_producer, stepwell_worker, stepwell_viewer
+--
+-- Two rules hold everywhere.
+--   * What a producer runs only INSERTS (invariant I15): its transaction may stay open for an hour, so
+--     it never updates, deletes or locks a row that a worker touches.
+--   * Every write of a claimant is fenced by (task, attempt, worker, position): a worker that lost its
+--     claim changes nothing any more (invariant I8).
+--
+-- Payloads are json, not jsonb: the exact text that was encoded, so that a replay sees what the live
+-- run saw. Times are those of the database's clock. `stepwell migrate` installs this file.
+
+create schema stepwell;
+
+comment on schema stepwell is 'Durable workflows: see schema.sql of the Stepwell distribution.';
+
+
+-- =====================================================================================================
+-- 1. Tables
+-- =====================================================================================================
+
+create table stepwell.migrations (
+    version    int primary key,
+    name       text not null,
+    applied_at timestamptz not null default clock_timestamp()
+);
+
+-- A time-ordered UUID (version 7): 48 bits of milliseconds, then random bits. PostgreSQL 18 has
+-- uuidv7(); this works on every supported version.
+create function stepwell.new_id() returns uuid
+    language sql volatile parallel safe
+as $$
+    select encode(
+        set_bit(set_bit(
+            overlay(uuid_send(gen_random_uuid())
+                    placing substring(int8send((extract(epoch from clock_timestamp()) * 1000)::bigint) from 3)
+                    from 1 for 6),
+            52, 1), 53, 1),
+        'hex')::uuid
+$$;
+
+-- One row for each durable invocation of a workflow. Wide and cold: written at enqueue and at the end,
+-- never in between; whether an open run is pending, running or waiting is derived from its task (view
+-- run_status). `blocked` needs a person.
+create table stepwell.runs (
+    id          uuid primary key,
+    workflow    text not null,
+    version     text not null default '',
+    queue       text not null default 'default',
+    priority    smallint not null default 5,
+    tenant      text,
+    lane        text,
+    labels      jsonb,
+    input       json not null,
+    encoding    text not null default 'plain',     -- how input, output and the history's values are stored
+    parent_id   uuid,
+    parent_path int[],
+    deadline_at timestamptz,
+    trace       text,
+    epoch       int not null default 0,            -- retries, rewinds, fresh starts
+    created_at  timestamptz not null default clock_timestamp(),
+    started_at  timestamptz,
+    finished_at timestamptz,
+    state       text not null default 'open',
+    output      json,
+    error       json,                              -- {"type", "message", "data"?, "trace"?}
+    constraint runs_workflow_named check (octet_length(workflow) between 1 and 255),
+    constraint runs_priority_range check (priority between 0 and 9),
+    constraint runs_input_object   check (json_typeof(input) = 'object'),
+    constraint runs_state_known    check (state in ('open', 'succeeded', 'failed', 'cancelled', 'blocked')),
+    constraint runs_ends_have_time check ((state = 'open') = (finished_at is null))
+) with (fillfactor = 85);
+
+alter table stepwell.runs alter column input set storage external, alter column output set storage external;
+
+-- Idempotency: the first run of a (workflow, key). Apart from runs, so that runs and outbox can be
+-- partitioned on the time-ordered id.
+create table stepwell.keys (
+    workflow   text not null,
+    key        text not null,
+    run_id     uuid not null,
+    expires_at timestamptz,
+    primary key (workflow, key),
+    constraint keys_key_short check (octet_length(key) <= 512)
+);
+
+-- The order in which tasks become ready. Drawn again each time a task becomes ready, never at creation
+-- alone: what was woken, retried or reclaimed queues by when it became ready.
+create sequence stepwell.turns;
+
+-- One row for each claimable thing; it exists only while there is something left to do. Narrow and hot.
+--   run      a run to advance (path '{}')
+--   step     a step to execute on its own (path of the call)
+--   wake     a fact to apply to a run that another transaction must not lock (cancel, signal)
+--   deliver  a message to deliver
+-- States: ready (claimable) · claimed · waiting (for due_at or for others) · shelved (ready, but no live
+-- worker knows its name) · suspect (ready, but two claims of it died: it is tried alone).
+create table stepwell.tasks (
+    id            bigint generated always as identity primary key,
+    run_id        uuid not null,
+    kind          text not null default 'run',
+    path          int[] not null default '{}',
+    name          text not null,                       -- what the claimant must know: workflow or step
+    queue         text not null default 'default',
+    priority      smallint not null default 5,
+    fresh         boolean not null default true,       -- never claimed; resumed work (false) goes first
+    turn          bigint not null default nextval('stepwell.turns'),
+    tenant        text,
+    lane          text,
+    state         text not null default 'ready',
+    due_at        timestamptz,                         -- kept while `doing` waits for it, also once ready
+    attempt       int not null default 0,              -- how often it was claimed
+    doing         int[],                               -- the call that the run's own task is at
+    position      int not null default 0,              -- transitions made by claimants; part of the fence
+    seq           int not null default 0,              -- last seq drawn for the run's history
+    interrupted   boolean not null default false,      -- the last claim died and that is not recorded yet
+    interruptions int not null default 0,              -- claims that died at `doing`
+    solo_deaths   int not null default 0,              -- those among them that had nothing else in flight
+    solo          boolean not null default false,      -- this claim has the worker for itself
+    cancelling    boolean not null default false,
+    wakeups       int not null default 0,
+    pending       int not null default 0,              -- completions that a join still waits for
+    claimed_by    bigint,
+    started_at    timestamptz,                         -- first claim
+    args          json,
+    constraint tasks_kind_known    check (kind in ('run', 'step', 'wake', 'deliver')),
+    constraint tasks_state_known   check (state in ('ready', 'claimed', 'waiting', 'shelved', 'suspect')),
+    constraint tasks_claim_owned   check ((state = 'claimed') = (claimed_by is not null)),
+    constraint tasks_pending_count check (pending >= 0)
+) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,
+        autovacuum_analyze_scale_factor = 0.1, autovacuum_vacuum_cost_delay = 0);
+
+alter table stepwell.tasks alter column args set storage external;
+
+-- The identity of a run's and a step's task. Wakes have none: any number may be under way.
+create unique index tasks_identity on stepwell.tasks (run_id, path) where kind in ('run', 'step');
+create index tasks_ready   on stepwell.tasks (queue, priority, fresh, turn) where state = 'ready';
+create index tasks_due     on stepwell.tasks (due_at) where state = 'waiting' and due_at is not null;
+create index tasks_claimed on stepwell.tasks (claimed_by) where state = 'claimed';
+create index tasks_set_aside on stepwell.tasks (state, queue, name, turn) where state in ('shelved', 'suspect');
+
+-- What has happened and will not be done again: append-only, one row for each execution of a step
+-- (n = 0 the final outcome, n >= 1 the nth execution that failed or was interrupted), each finished
+-- sleep, each end of a run (kind run, path '{}') and each new epoch.
+-- I9: at most one final outcome for each (run, epoch, path). The primary key says so.
+create table stepwell.outbox (
+    run_id      uuid not null,
+    epoch       int not null,
+    path        int[] not null,
+    n           int not null,
+    seq         int not null,             -- the order in which things happened in the run
+    kind        text not null,
+    name        text not null,
+    fingerprint bigint,                   -- of the arguments
+    outcome     text not null,
+    value       json,
+    error       json,
+    worker      bigint,
+    at          timestamptz not null default clock_timestamp(),
+    primary key (run_id, epoch, path, n),
+    constraint outbox_kind_known check (kind in ('step', 'sleep', 'run', 'epoch')),
+    constraint outbox_outcome_fits check (case
+        when kind = 'run'   then n = 0 and path = '{}' and outcome in ('succeeded', 'failed', 'cancelled', 'blocked')
+        when kind = 'epoch' then n = 1 and path = '{}' and outcome in ('retry')
+        when n = 0          then outcome in ('completed', 'failed')
+        else n > 0 and outcome in ('failed', 'interrupted') end)
+) with (fillfactor = 100);
+
+alter table stepwell.outbox alter column value set storage external;
+
+-- Finds the ends that somebody may have to look at without an index on runs that every end would touch.
+create index outbox_unhappy_ends on stepwell.outbox (outcome, at) where kind = 'run' and outcome <> 'succeeded';
+
+-- One row for each worker process that may hold claims. The supervisor beats for its children; an
+-- observer that sees no change declares it dead (dead_at): from then on it claims nothing.
+create table stepwell.workers (
+    id         bigint primary key check (id > 0),
+    supervisor bigint,
+    host       text not null,
+    pid        int not null,
+    release    text not null default '',
+    queues     text[] not null,
+    names      text[] not null,
+    beat       bigint not null default 0,
+    started_at timestamptz not null default clock_timestamp(),
+    dead_at    timestamptz
+) with (fillfactor = 50);
+
+-- What the workers know, so that producers can check a name and an input before they enqueue.
+create table stepwell.workflows (
+    name         text not null,
+    version      text not null default '',
+    input_schema json not null,
+    queue        text not null default 'default',
+    seen_at      timestamptz not null default clock_timestamp(),
+    primary key (name, version)
+);
+
+-- Exact totals: counted by the very statement that records what it counts. Sharded by backend, so that
+-- two flushes seldom meet on a row.
+create table stepwell.counters (
+    shard   smallint not null,
+    kind    text not null,                -- run, step
+    name    text not null,
+    outcome text not null,
+    value   bigint not null,
+    primary key (shard, kind, name, outcome)
+) with (fillfactor = 50);
+
+-- Idle workers hold a short lease here; only then does enqueue ring (I1: a busy system sends no NOTIFY,
+-- because every notifying commit takes one cluster-wide lock). Losing it in a crash costs one idle poll.
+create unlogged table stepwell.doorbell (
+    worker bigint not null,
+    queue  text not null,
+    until  timestamptz not null,
+    primary key (worker, queue)
+) with (fillfactor = 50);
+
+
+-- =====================================================================================================
+-- 2. Producers
+-- =====================================================================================================
+
+-- Ring for the workers that are idle on a queue. Queue 'stepwell' means: any idle worker.
+create function stepwell.ring(on_queue text) returns void
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+as $$
+begin
+    if exists (select from doorbell d
+               where (d.queue = on_queue or on_queue = 'stepwell') and d.until > clock_timestamp()) then
+        perform pg_notify('stepwell', on_queue);
+    end if;
+end
+$$;
+
+-- Enqueue one run for each input, in the caller's transaction; answers in the order of the inputs.
+-- A key that is known already gives the id of its first run and created = false, and its input is
+-- ignored. Keys are inserted in sorted order, so that two callers cannot deadlock; a READ COMMITTED
+-- caller never sees an error for a conflict, stricter levels may see 40001.
+create function stepwell.enqueue_many(
+    workflow text,
+    inputs   json[],
+    keys     text[]      default null,
+    queue    text        default null,
+    priority int         default 5,
+    delay    interval    default null,
+    at       timestamptz default null,
+    lane     text        default null,
+    tenant   text        default null,
+    labels   jsonb       default null,
+    deadline interval    default null,
+    version  text        default '')
+returns table (id uuid, created boolean)
+    language plpgsql security definer
+    set search_path = pg_catalog, stepwell, pg_temp
+    set plan_cache_mode = force_generic_plan
+as $$
+#variable_conflict use_column
+declare
+    many    constant int := coalesce(cardinality(inputs), 0);
+    v_queue constant text := coalesce(enqueue_many.queue, 'default');
+    due     constant timestamptz := coalesce(enqueue_many.at, clock_timestamp() + enqueue_many.delay);
+    ids     uuid[];
+    owners  uuid[];
+begin
+    if enqueue_many.workflow is null or octet_length(enqueue_many.workflow) not between 1 and 255 then
+        raise exception 'stepwell: the workflow name must have 1 to 255 bytes' using errcode = '22023';
+    end if;
+    if octet_length(v_queue) not between 1 and 255 or v_queue = 'stepwell' then
+        raise exception 'stepwell: the queue name must have 1 to 255 bytes and not be "stepwell"' using errcode = '22023';
+    end if;
+    if enqueue_many.priority is null or enqueue_many.priority not between 0 and 9 then
+        raise exception 'stepwell: priority must be 0 (first) to 9 (last), not %', enqueue_many.priority
+            using errcode = '22023';
+    end if;
+    if enqueue_many.delay is not null and enqueue_many.at is not null then
+        raise exception 'stepwell: give delay or at, not both' using errcode = '22023';
+    end if;
+    if enqueue_many.keys is not null and cardinality(enqueue_many.keys) <> many then
+        raise exception 'stepwell: % inputs but % keys', many, cardinality(enqueue_many.keys) using errcode = '22023';
+    end if;
+    if exists (select from unnest(inputs) i where i is null or json_typeof(i) <> 'object') then
+        raise exception 'stepwell: the input of a run must be a JSON object, parameter name to value'
+            using errcode = '22023', hint = 'for one parameter "lead": {"lead": ...}';
+    end if;
+    if exists (select from unnest(enqueue_many.keys) k where octet_length(k) > 512) then
+        raise exception 'stepwell: a key has more than 512 bytes' using errcode = '22023';
+    end if;
+    if many = 0 then
+        return;
+    end if;
+
+    select array_agg(new_id()) into ids from generate_series(1, many);
+    owners := ids;
+    if exists (select from unnest(enqueue_many.keys) k where k is not null) then
+        loop
+            insert into keys (workflow, key, run_id)
+            select distinct on (k.key) enqueue_many.workflow, k.key, k.id
+            from unnest(enqueue_many.keys, ids) as k (key, id)
+            where k.key is not null
+            order by k.key
+            on conflict do nothing;
+            -- A statement of its own: it sees what the insert had to wait for.
+            select array_agg(case when n.key is null then n.id else k.run_id end order by n.i) into owners
+            from unnest(enqueue_many.keys, ids) with ordinality as n (key, id, i)
+            left join keys k on k.workflow = enqueue_many.workflow and k.key = n.key;
+            exit when array_position(owners, null) is null;    -- else retention took the key just now
+        end loop;
+    end if;
+
+    insert into runs (id, workflow, version, queue, priority, tenant, lane, labels, input, deadline_at)
+    select n.id, enqueue_many.workflow, enqueue_many.version, v_queue, enqueue_many.priority, enqueue_many.tenant,
+           enqueue_many.lane, enqueue_many.labels, n.input, clock_timestamp() + enqueue_many.deadline
+    from unnest(ids, owners, inputs) with ordinality as n (id, owner, input, i)
+    where n.id = n.owner
+    order by n.i;
+
+    insert into tasks (run_id, name, queue, priority, tenant, lane, state, due_at)
+    select n.id, enqueue_many.workflow, v_queue, enqueue_many.priority, enqueue_many.tenant, enqueue_many.lane,
+           case when due > clock_timestamp() then 'waiting' else 'ready' end, due
+    from unnest(ids, owners) with ordinality as n (id, owner, i)
+    where n.id = n.owner
+    order by n.i;
+
+    perform ring(v_queue);
+    return query select n.owner, n.id = n.owner from unnest(ids, owners) with ordinality as n (id, owner, i) order by n.i;
+end
+$$;
+
+-- Enqueue one run; the id of the run, or of the first run of this key.
+create function stepwell.enqueue(
+    workflow text,
+    input    json        default '{}',
+    key      text        default null,
+    queue    text        default null,
+    priority int         default 5,
+    delay    interval    default null,
+    at       timestamptz default null,
+    lane     text        default null,
+    tenant   text        default null,
+    labels   jsonb       default null,
+    deadline interval    default null,
+    version  text        default '')
+returns uuid
+    language sql security definer
+    set search_path = pg_catalog, stepwell, pg_temp
+as $$
+    select e.id from stepwell.enqueue_many(
+        enqueue.workflow, array[enqueue.input],
+        case when enqueue.key is null then null else array[enqueue.key] end,
+        enqueue.queue, enqueue.priority, enqueue.delay, enqueue.at, enqueue.lane, enqueue.tenant,
+        enqueue.labels, enqueue.deadline, enqueue.version) e
+$$;
+
+-- Ask for the end of a run: inserts a wake task, which a worker applies. A run that waits or is pending
+-- ends at once, one that a worker executes at its next step. Answers whether the run was open.
+create function stepwell.cancel(run uuid) returns boolean
+    language plpgsql security definer
+    set search_path = pg_catalog, stepwell, pg_temp
+as $$
+begin
+    if not exists (select from runs r where r.id = run and r.state = 'open') then
+        return false;
+    end if;
+    insert into tasks (run_id, kind, name, queue, priority, fresh) values (run, 'wake', 'cancel', 'stepwell', 0, false);
+    perform ring('stepwell');
+    return true;
+end
+$$;
+
+-- Open a failed, cancelled or blocked run again: what completed stays completed, what failed is tried
+-- anew. Answers the new epoch, or null when the run is not in such a state. The row lock on the run makes
+-- a second retry at the same moment answer null; no task exists then that a claimant could hold.
+create function stepwell.retry(run uuid) returns int
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+as $$
+declare
+    r runs;
+    last_seq int;
+begin
+    select * into r from runs where id = run and state in ('failed', 'cancelled', 'blocked') for update;
+    if not found then
+        return null;
+    end if;
+    select coalesce(max(seq), 0) + 1 into last_seq from outbox where run_id = run;
+    insert into outbox (run_id, epoch, path, n, seq, kind, name, outcome)
+    values (run, r.epoch + 1, '{}', 1, last_seq, 'epoch', r.workflow, 'retry');
+    update runs set state = 'open', epoch = r.epoch + 1, finished_at = null, output = null, error = null,
+                    deadline_at = clock_timestamp() + (r.deadline_at - r.created_at)
+    where id = run;
+    insert into tasks (run_id, name, queue, priority, tenant, lane, fresh, seq)
+    values (run, r.workflow, r.queue, r.priority, r.tenant, r.lane, false, last_seq);
+    perform ring(r.queue);
+    return r.epoch + 1;
+end
+$$;
+
+-- A run as people mean it. pending = never claimed, running = a task of it is claimed, else waiting.
+create view stepwell.run_status as
+select r.id, r.workflow, r.version, r.queue, r.priority, r.labels, r.epoch, r.parent_id,
+       case when r.state <> 'open' then r.state
+            when t.state = 'claimed' then 'running'
+            when t.attempt = 0 and t.fresh then 'pending'
+            else 'waiting' end as status,
+       r.created_at, coalesce(r.started_at, t.started_at) as started_at, r.finished_at, r.deadline_at,
+       t.id as task, t.state as task_state, t.due_at, t.attempt, t.doing, t.interruptions, t.cancelling, t.claimed_by
+from stepwell.runs r
+left join stepwell.tasks t on t.run_id = r.id and t.kind = 'run' and t.path = '{}';
+
+
+-- =====================================================================================================
+-- 3. Claimants
+-- =====================================================================================================
+--
+-- Functions, because each statement inside sees a fresh snapshot and the whole costs one round trip. The
+-- version in the name lets two releases share a database. Planner settings are pinned: the tables swing
+-- between empty and millions of rows faster than statistics follow, and there is one right plan for each
+-- statement, by index and nested loop.
+
+-- Make a worker known; it may claim from now on. Tasks that were shelved because nobody knew their name
+-- become ready.
+create function stepwell.register_v1(
+    me bigint, my_supervisor bigint, my_host text, my_pid int, my_release text, my_queues text[], my_names text[])
+returns void
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+as $$
+begin
+    insert into workers (id, supervisor, host, pid, release, queues, names)
+    values (me, my_supervisor, my_host, my_pid, my_release, my_queues, my_names);
+    perform unshelve_v1(my_queues, my_names, 10000);
+end
+$$;
+
+-- Ready what was shelved and is known here. Bounded; called again by the caretaker.
+create function stepwell.unshelve_v1(my_queues text[], my_names text[], at_most int) returns int
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set plan_cache_mode = force_generic_plan
+    set enable_seqscan = off
+as $$
+declare
+    done int;
+begin
+    with found as materialized (
+        select t.id from tasks t
+        where t.state = 'shelved' and t.queue = any (my_queues) and t.name = any (my_names)
+        limit at_most for update skip locked)
+    update tasks t set state = 'ready', turn = nextval('stepwell.turns') from found where t.id = found.id;
+    get diagnostics done = row_count;
+    return done;
+end
+$$;
+
+-- Set ready tasks aside that no live worker of the queue knows, so that they do not stand in the way of
+-- the others. Looks at the head of each priority only, which is where they would.
+create function stepwell.shelve_v1(on_queue text, at_most int) returns int
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set plan_cache_mode = force_generic_plan
+    set enable_sort = off set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
+as $$
+declare
+    known text[];
+    done  int := 0;
+    got   int;
+begin
+    select coalesce(array_agg(distinct n), '{}') into known
+    from workers w, unnest(w.names) n where w.dead_at is null and on_queue = any (w.queues);
+    for g in 0..19 loop
+        with head as materialized (
+            select t.id, t.name from tasks t
+            where t.state = 'ready' and t.queue = on_queue and t.priority = g / 2 and t.fresh = (g % 2 = 1)
+            order by t.turn limit at_most for update skip locked)
+        update tasks t set state = 'shelved' from head
+        where t.id = head.id and head.name <> all (known);
+        get diagnostics got = row_count;
+        done := done + got;
+    end loop;
+    return done;
+end
+$$;
+
+-- Claim up to at_most ready tasks of one queue, and the wakes that wait, for a worker that is alive.
+--
+-- I3: the worker's own row is locked first; no row, no claim: a dead worker's statement that still sits
+--     in a socket buffer finds nothing. The caller sees 'SW003'.
+-- I2: at_most is the number of free slots.
+-- floors: for each group (priority * 2 + fresh) the turn below which this worker has seen everything
+--     claimed: without it one old open transaction makes each claim walk all dead index entries.
+-- alone: take one suspect instead. The caller has nothing else in flight.
+create function stepwell.claim_v1(
+    me bigint, on_queue text, known text[], at_most int, floors bigint[], alone boolean default false)
+returns table (
+    task bigint, run_id uuid, kind text, name text, attempt int, "position" int, doing int[], wakeups int, seq int,
+    interrupted boolean, interruptions int, cancelling boolean, turn bigint, grp int,
+    due_in float8, waited float8, deadline_in float8, now timestamptz,
+    epoch int, created_at timestamptz, version text, labels text, input text)
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set plan_cache_mode = force_generic_plan
+    set enable_sort = off set enable_seqscan = off set enable_bitmapscan = off
+    set enable_hashjoin = off set enable_mergejoin = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+    ids  bigint[] := '{}';
+    got  bigint[];
+    free int := at_most;
+begin
+    perform 1 from workers w where w.id = me and w.dead_at is null for key share;
+    if not found then
+        raise exception 'stepwell: worker % is not registered or was declared dead', me using errcode = 'SW003';
+    end if;
+
+    with picked as materialized (
+        select t.id from tasks t
+        where t.state = 'ready' and t.queue = 'stepwell' and t.priority = 0 and not t.fresh
+        order by t.turn limit 100 for update skip locked),
+    taken as (
+        update tasks t set state = 'claimed', claimed_by = me, attempt = t.attempt + 1
+        from picked where t.id = picked.id returning t.id)
+    select array_agg(taken.id) into got from taken;
+    ids := coalesce(got, '{}');
+
+    if alone then
+        with picked as materialized (
+            select t.id from tasks t
+            where t.state = 'suspect' and t.queue = on_queue and t.name = any (known)
+            limit 1 for update skip locked),
+        taken as (
+            update tasks t set state = 'claimed', claimed_by = me, attempt = t.attempt + 1, solo = true
+            from picked where t.id = picked.id returning t.id)
+        select array_agg(taken.id) into got from taken;
+        ids := ids || coalesce(got, '{}');
+    else
+        for g in 0..19 loop
+            exit when free <= 0;
+            with picked as materialized (
+                select t.id from tasks t
+                where t.state = 'ready' and t.queue = on_queue and t.priority = g / 2 and t.fresh = (g % 2 = 1)
+                  and t.turn >= floors[g + 1] and t.name = any (known)
+                order by t.turn limit free for update skip locked),
+            taken as (
+                update tasks t
+                set state = 'claimed', claimed_by = me, attempt = t.attempt + 1, solo = false,
+                    started_at = coalesce(t.started_at, clock_timestamp())
+                from picked where t.id = picked.id returning t.id)
+            select array_agg(taken.id) into got from taken;
+            if got is not null then
+                ids := ids || got;
+                free := free - cardinality(got);
+            end if;
+        end loop;
+    end if;
+
+    if ids = '{}' then
+        return;
+    end if;
+    delete from doorbell d where d.worker = me;
+    return query
+        select t.id, t.run_id, t.kind, t.name, t.attempt, t.position, t.doing, t.wakeups, t.seq,
+               t.interrupted, t.interruptions, t.cancelling, t.turn, t.priority * 2 + t.fresh::int,
+               extract(epoch from t.due_at - clock_timestamp())::float8,
+               case when t.attempt = 1 or t.due_at is not null
+                    then extract(epoch from clock_timestamp() - coalesce(t.due_at, r.created_at))::float8 end,
+               extract(epoch from r.deadline_at - clock_timestamp())::float8, clock_timestamp(),
+               r.epoch, r.created_at, r.version, r.labels::text, r.input::text
+        from unnest(ids) i
+        join tasks t on t.id = i
+        left join runs r on r.id = t.run_id and t.kind = 'run';
+end
+$$;
+
+-- Note that this worker is idle on these queues for so many seconds: enqueue rings for it meanwhile.
+create function stepwell.idle_v1(me bigint, my_queues text[], lease float8) returns void
+    language sql
+    set search_path = pg_catalog, stepwell, pg_temp
+as $$
+    insert into stepwell.doorbell (worker, queue, until)
+    select me, q, clock_timestamp() + make_interval(secs => lease) from unnest(my_queues) q order by q
+    on conflict (worker, queue) do update set until = excluded.until
+$$;
+
+-- One transition of one claimed task, as the claimant sends it.
+--   then = move     the claim goes on, at path `doing`
+--          park     wait for due_at, or for others; ready at once if something woke it meanwhile
+--          release  give it back, ready
+--          finish   the run ends: `ends` says how
+--          wake     apply this wake task to its run, and delete it
+create type stepwell.transition_v1 as (
+    i int,                 -- 1, 2, … within the flush
+    task bigint, attempt int, "position" int,
+    run_id uuid, epoch int,
+    "then" text,
+    doing int[],
+    records int,           -- how many records belong to it
+    delay float8,          -- park: seconds from now, or
+    until timestamptz,     -- park: not before
+    wakeups int);          -- park: what the claimant knew of
+
+-- Write down what happened, for many tasks in one transaction. Answers for each transition, in order:
+--   0 fenced · 1 applied · 2 already applied before (a resend) · plus 4 when the run is to be cancelled.
+--
+-- records: what happened, [{i, task, run_id, epoch, k, path, n, kind, name, fingerprint, outcome, value,
+--          error, at}], k = 1, 2, … within the transition
+-- ends:    [{i, task, run_id, state, output, error}]
+--
+-- 1. lock own and target task rows in order of id (any other order deadlocks two flushes);
+-- 2. test the fence in a new statement, which sees what the lock waited for (I8);
+-- 3. append the history, count it; 4. write the task rows; 5. end runs; 6. apply wakes.
+-- Nothing locks a task row after 1., so a flush never waits while it holds one.
+create function stepwell.flush_v1(me bigint, transitions json, records json, ends json) returns int[]
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set plan_cache_mode = force_generic_plan
+    set enable_seqscan = off set enable_bitmapscan = off
+    set enable_hashjoin = off set enable_mergejoin = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+    items    transition_v1[];
+    locking  bigint[];
+    verdicts int[];
+    ending   boolean;
+    waking   boolean;
+    leaving  boolean;
+begin
+    select array_agg(x order by x.i), array_agg(x.task), bool_or(x.then = 'finish'), bool_or(x.then = 'wake'),
+           bool_or(x.then = 'release')
+    into items, locking, ending, waking, leaving
+    from json_populate_recordset(null::transition_v1, transitions) x;
+    if waking then
+        locking := locking || array(
+            select t.id from unnest(items) x join tasks t on t.run_id = x.run_id and t.path = '{}' and t.kind in ('run', 'step')
+            where x.then = 'wake');
+    end if;
+    perform 1 from tasks t where t.id = any (locking) order by t.id for update;
+
+    select array_agg(
+        case when t.attempt = x.attempt and t.claimed_by = me then
+                  case when t.position = x.position then 1 when t.position > x.position then 2 else 0 end
+             when t.attempt = x.attempt and t.claimed_by is null and t.position = x.position + 1 then 2
+             else 0 end
+        + case when t.cancelling then 4 else 0 end
+        order by x.i)
+    into verdicts
+    from unnest(items) x left join tasks t on t.id = x.task;
+
+    -- A resend whose row went on or is gone: the history knows whether it was applied (I10).
+    if 0 = any (verdicts) or 4 = any (verdicts) then
+        select array_agg(case when verdicts[x.i] % 4 = 0 and stepwell.recorded_v1(me, x, records) then 2
+                              else verdicts[x.i] end order by x.i)
+        into verdicts from unnest(items) x;
+    end if;
+
+    with written as (
+        insert into outbox (run_id, epoch, path, n, seq, kind, name, fingerprint, outcome, value, error, worker, at)
+        select r.run_id, r.epoch, r.path, r.n, t.seq + r.k, r.kind, r.name, r.fingerprint, r.outcome, r.value, r.error,
+               me, r.at
+        from json_to_recordset(records) as r (
+                i int, task bigint, run_id uuid, epoch int, k int, path int[], n int, kind text, name text,
+                fingerprint bigint, outcome text, value json, error json, at timestamptz)
+        join tasks t on t.id = r.task
+        where verdicts[r.i] % 4 = 1
+        returning kind, name, outcome)
+    insert into counters as c (shard, kind, name, outcome, value)
+    select pg_backend_pid() % 64, w.kind, w.name, w.outcome, count(*)
+    from written w where w.kind in ('run', 'step')
+    group by w.kind, w.name, w.outcome order by w.kind, w.name, w.outcome
+    on conflict (shard, kind, name, outcome) do update set value = c.value + excluded.value;
+
+    -- A move touches no indexed column, so it stays within its page (HOT).
+    update tasks t
+    set position = t.position + 1,
+        seq = t.seq + x.records,
+        doing = case when x.then = 'release' then t.doing else x.doing end,
+        interrupted = t.interrupted and x.then = 'release',
+        interruptions = case when x.then = 'release' or x.doing = t.doing then t.interruptions else 0 end,
+        solo_deaths = case when x.then = 'release' or x.doing = t.doing then t.solo_deaths else 0 end,
+        claimed_by = case when x.then = 'move' then me end,
+        state = case when x.then = 'move' then 'claimed'
+                     when x.then = 'park' and t.wakeups = x.wakeups and not t.cancelling then 'waiting'
+                     else 'ready' end,
+        fresh = case when x.then = 'move' then t.fresh else false end,
+        turn = case when x.then = 'move' then t.turn else nextval('stepwell.turns') end,
+        due_at = case when x.then = 'release' then t.due_at
+                      when x.then = 'park' then coalesce(x.until, clock_timestamp() + make_interval(secs => x.delay)) end
+    from unnest(items) x
+    where t.id = x.task and verdicts[x.i] % 4 = 1 and x.then in ('move', 'park', 'release');
+
+    if ending then
+        update runs r
+        set state = e.state, output = e.output, error = e.error, finished_at = clock_timestamp(),
+            started_at = coalesce(r.started_at, t.started_at)
+        from json_to_recordset(ends) as e (i int, task bigint, run_id uuid, state text, output json, error json)
+        join tasks t on t.id = e.task
+        where r.id = e.run_id and verdicts[e.i] % 4 = 1;
+        delete from tasks t using unnest(items) x
+        where t.id = x.task and verdicts[x.i] % 4 = 1 and x.then = 'finish';
+    end if;
+    if waking then
+        perform stepwell.wake_v1(me, items, verdicts);
+    end if;
+    if leaving then
+        perform ring(q.queue) from (select distinct t.queue from unnest(items) x join tasks t on t.id = x.task
+                                    where x.then = 'release') q;
+    end if;
+    return verdicts;
+end
+$$;
+
+-- Whether the history holds what this transition would write: its run's end, or its first record.
+create function stepwell.recorded_v1(me bigint, x stepwell.transition_v1, records json) returns boolean
+    language sql stable
+    set search_path = pg_catalog, stepwell, pg_temp
+as $$
+    select exists (
+        select from json_to_recordset(records) as r (i int, path int[], n int)
+        join stepwell.outbox o on o.run_id = x.run_id and o.epoch = x.epoch and o.path = r.path and o.n = r.n
+        where r.i = x.i and o.worker = me)
+$$;
+
+-- Part of flush_v1: apply cancellations and delete their wake tasks. The target rows are locked. A run that a worker executes is
+-- told at its next flush; any other ends here.
+create function stepwell.wake_v1(me bigint, items stepwell.transition_v1[], verdicts int[]) returns void
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set plan_cache_mode = force_generic_plan
+    set enable_seqscan = off set enable_bitmapscan = off
+    set enable_hashjoin = off set enable_mergejoin = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+    idle bigint[];
+begin
+    update tasks t set cancelling = true, wakeups = t.wakeups + 1
+    from (select distinct x.run_id from unnest(items) x where x.then = 'wake' and verdicts[x.i] % 4 = 1) x
+    where t.run_id = x.run_id and t.path = '{}' and t.kind in ('run', 'step') and t.state = 'claimed';
+
+    select array_agg(distinct t.id) into idle
+    from unnest(items) x join tasks t on t.run_id = x.run_id and t.path = '{}' and t.kind in ('run', 'step')
+    where x.then = 'wake' and verdicts[x.i] % 4 = 1 and t.state <> 'claimed';
+    if idle is not null then
+        perform stepwell.end_v1(me, idle, 'cancelled', null);
+    end if;
+
+    delete from tasks t using unnest(items) x where t.id = x.task and verdicts[x.i] % 4 = 1 and x.then = 'wake';
+end
+$$;
+
+-- End the runs of these tasks (locked by the caller, claimed by nobody who lives) in a state that no
+-- worker decided: cancelled while idle, blocked as poison.
+create function stepwell.end_v1(me bigint, tasks_to_end bigint[], end_state text, reason json) returns void
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set plan_cache_mode = force_generic_plan
+    set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
+as $$
+#variable_conflict use_column
+begin
+    with written as (
+        insert into outbox (run_id, epoch, path, n, seq, kind, name, outcome, error, worker)
+        select r.id, r.epoch, '{}', 0, t.seq + 1, 'run', r.workflow, end_state, reason, me
+        from unnest(tasks_to_end) i join tasks t on t.id = i join runs r on r.id = t.run_id
+        returning kind, name, outcome)
+    insert into counters as c (shard, kind, name, outcome, value)
+    select pg_backend_pid() % 64, w.kind, w.name, w.outcome, count(*)
+    from written w group by w.kind, w.name, w.outcome order by w.kind, w.name, w.outcome
+    on conflict (shard, kind, name, outcome) do update set value = c.value + excluded.value;
+
+    update runs r
+    set state = end_state, error = reason, finished_at = clock_timestamp(),
+        started_at = coalesce(r.started_at, t.started_at)
+    from unnest(tasks_to_end) i join tasks t on t.id = i
+    where r.id = t.run_id;
+
+    delete from tasks t using unnest(tasks_to_end) i where t.id = i;
+end
+$$;
+
+-- For a transactional step: flush_v1 for one transition in the user's own transaction, which must not
+-- commit unless it was applied. SW001: fenced. SW002: the user's code ended the transaction that the
+-- worker had opened (the canary is gone), so what it wrote is not bound to this completion.
+create function stepwell.commit_step_v1(me bigint, transitions json, records json, ends json, canary text)
+returns int
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+as $$
+declare
+    verdict int;
+begin
+    if current_setting('stepwell.canary', true) is distinct from canary then
+        raise exception 'stepwell: the step ended the transaction it was given' using errcode = 'SW002';
+    end if;
+    verdict := (stepwell.flush_v1(me, transitions, records, ends))[1];
+    if verdict % 4 <> 1 then
+        raise exception 'stepwell: the claim was lost' using errcode = 'SW001';
+    end if;
+    return verdict;
+end
+$$;
+
+-- Ready the tasks whose time has come, in the order in which it came. Answers how many, and in how many
+-- seconds the next is due (null: none).
+create function stepwell.promote_v1(at_most int, out promoted int, out next_in float8)
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set plan_cache_mode = force_generic_plan
+    set enable_sort = off set enable_seqscan = off set enable_bitmapscan = off
+    set enable_hashjoin = off set enable_mergejoin = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+    rung text[];
+begin
+    with due as materialized (
+        select t.id from tasks t
+        where t.state = 'waiting' and t.due_at is not null and t.due_at <= clock_timestamp()
+        order by t.due_at limit at_most for update skip locked),
+    turned as materialized (select due.id, nextval('stepwell.turns') as turn from due),
+    readied as (
+        update tasks t set state = 'ready', turn = turned.turn from turned where t.id = turned.id returning t.queue)
+    select count(*), array_agg(distinct readied.queue) into promoted, rung from readied;
+    perform ring(q) from unnest(rung) q;
+    select extract(epoch from t.due_at - clock_timestamp()) into next_in
+    from tasks t where t.state = 'waiting' and t.due_at is not null order by t.due_at limit 1;
+end
+$$;
+
+-- First act of a reclaim: from the moment this commits, the worker claims nothing (I11). FOR UPDATE waits
+-- for a claim of its that is under way; a lock time-out (55P03) tells the caller to terminate the worker's
+-- backends and to try again.
+create function stepwell.bury_v1(dead bigint) returns boolean
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set lock_timeout = '500ms'
+as $$
+begin
+    perform 1 from workers w where w.id = dead for update;
+    if not found then
+        return false;
+    end if;
+    update workers w set dead_at = clock_timestamp() where w.id = dead and w.dead_at is null;
+    return true;
+end
+$$;
+
+-- Second act, repeated until it answers 0 and nothing is left: free the dead worker's tasks, a chunk at a
+-- time, skipping rows that a backend of its still locks. An execution may have been interrupted in each:
+-- the next claimant records that. From the second death on, a task is a suspect and is tried alone; one
+-- that died alone poison_after times blocks its run. The last call deletes the worker.
+create function stepwell.reclaim_v1(dead bigint, poison_after int, at_most int, out reclaimed int, out remaining boolean)
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set plan_cache_mode = force_generic_plan
+    set enable_seqscan = off set enable_bitmapscan = off
+    set enable_hashjoin = off set enable_mergejoin = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+    ids    bigint[];
+    poison bigint[];
+    rung   text[];
+begin
+    if exists (select from workers w where w.id = dead and w.dead_at is null) then
+        raise exception 'stepwell: worker % was not buried', dead using errcode = '55000';
+    end if;
+    select array_agg(f.id order by f.id),
+           array_agg(f.id order by f.id) filter (where f.kind = 'run' and f.solo and f.solo_deaths + 1 >= poison_after)
+    into ids, poison
+    from (select t.id, t.kind, t.solo, t.solo_deaths from tasks t
+          where t.state = 'claimed' and t.claimed_by = dead limit at_most for update skip locked) f;
+    if poison is not null then
+        perform stepwell.end_v1(dead, poison, 'blocked', json_build_object(
+            'type', 'PoisonStep',
+            'message', format('the worker process died %s times while it executed nothing but this step', poison_after)));
+    end if;
+    with freed as (
+        update tasks t
+        set state = case when t.kind = 'run' and t.interruptions >= 1 then 'suspect' else 'ready' end,
+            claimed_by = null, fresh = false, turn = nextval('stepwell.turns'), interrupted = true,
+            interruptions = t.interruptions + 1, solo_deaths = t.solo_deaths + t.solo::int, solo = false
+        from unnest(ids) i where t.id = i
+        returning t.queue)
+    select array_agg(distinct freed.queue) into rung from freed;
+    perform ring(q) from unnest(rung) q;
+    reclaimed := coalesce(cardinality(ids), 0);
+    remaining := exists (select from tasks t where t.state = 'claimed' and t.claimed_by = dead);
+    if not remaining then
+        delete from doorbell d where d.worker = dead;
+        delete from workers w where w.id = dead;
+    end if;
+end
+$$;
+
+
+-- =====================================================================================================
+-- 4. Roles
+-- =====================================================================================================
+--
+-- Grant them to your own login roles. A producer may only call the public functions and reads no payload;
+-- a viewer reads everything and writes nothing; a worker runs the protocol. Roles belong to the cluster:
+-- where the installing user may not create them, or another database has, their absence is no error.
+
+do $$
+declare
+    r text;
+begin
+    foreach r in array array['stepwell_producer', 'stepwell_worker', 'stepwell_viewer'] loop
+        if not exists (select from pg_roles where rolname = r) then
+            begin
+                execute format('create role %I nologin', r);
+            exception
+                when duplicate_object or unique_violation then null;      -- another database's install, just now
+                when insufficient_privilege then
+                    raise warning 'stepwell: may not create role %, so nothing is granted to it', r;
+            end;
+        end if;
+    end loop;
+end
+$$;
+
+revoke all on schema stepwell from public;
+revoke all on all functions in schema stepwell from public;
+
+do $$
+begin
+    if exists (select from pg_roles where rolname = 'stepwell_producer') then
+        grant usage on schema stepwell to stepwell_producer;
+        grant execute on function stepwell.enqueue, stepwell.enqueue_many, stepwell.cancel to stepwell_producer;
+    end if;
+    if exists (select from pg_roles where rolname = 'stepwell_viewer') then
+        grant usage on schema stepwell to stepwell_viewer;
+        grant select on all tables in schema stepwell to stepwell_viewer;
+    end if;
+    if exists (select from pg_roles where rolname = 'stepwell_worker') then
+        grant usage on schema stepwell to stepwell_worker;
+        grant execute on all functions in schema stepwell to stepwell_worker;
+        grant select, insert, update, delete on all tables in schema stepwell to stepwell_worker;
+        revoke insert, update, delete on stepwell.migrations from stepwell_worker;
+        grant usage on all sequences in schema stepwell to stepwell_worker;
+    end if;
+end
+$$;
