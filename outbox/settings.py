@@ -1,0 +1,134 @@
+"""One frozen `Settings`: from arguments, then ``STEPWELL_*`` in the environment, then defaults."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from outbox.errors import ConfigError
+
+_PREFIX = "STEPWELL_"
+
+
+def _default_data_dir() -> Path:
+    """Return where the embedded Postgres keeps its data.
+
+    As root that is a directory of its own per working directory under /var/tmp: the embedding library opens
+    every parent of its data directory for reading, which must not happen to root's home.
+    """
+    if os.geteuid() != 0:
+        return Path(".stepwell")
+    digest = hashlib.sha256(os.fsencode(Path.cwd())).hexdigest()[:8]
+    return Path("/var/tmp") / f"stepwell-root-{digest}"  # noqa: S108 - named per directory; its owner is checked
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Settings:
+    """What can be set, with its default. Durations are seconds, sizes bytes."""
+
+    database_url: str | None = None
+    """Where Postgres is; None means the embedded one in `data_dir`."""
+    data_dir: Path = field(default_factory=_default_data_dir)
+    """Where the embedded Postgres lives."""
+    max_payload_bytes: int = 1_048_576
+    """The largest input, argument list, result or error data, as JSON text."""
+    concurrency: int = 200
+    """Runs in flight per worker process."""
+    threads: int = 32
+    """Threads per worker process for steps that are not async."""
+    connections: int = 8
+    """Connections per worker process for transactional steps."""
+    poll_seconds: float = 1.0
+    """How long an idle worker waits for a ring before it looks by itself."""
+    doorbell_seconds: float = 1.5
+    """How long the lease of an idle worker asks producers to ring; longer than a poll, so that it never lapses."""
+    beat_seconds: float = 1.0
+    """How often a supervisor beats for its workers."""
+    lost_lock_seconds: float = 3.0
+    """A beat unchanged and a lock absent for so long: the worker is dead."""
+    lease_seconds: float = 15.0
+    """A beat unchanged for so long: the worker is dead."""
+    stopped_after_seconds: float = 5.0
+    """A child in state T (stopped) for so long is killed."""
+    hang_after_seconds: float = 120.0
+    """A child that shows no progress for so long is killed."""
+    grace_seconds: float = 30.0
+    """How long a draining worker lets executions end."""
+    poison_after: int = 3
+    """A task interrupted alone so many times is blocked."""
+    flush_max_rows: int = 500
+    """Transitions in one flush at most."""
+    flush_max_bytes: int = 4_194_304
+    """Payload bytes in one flush at most."""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{each.name} must be a positive number, got {value!r}")
+        if self.database_url is not None:
+            _check_url(self.database_url)
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Self:
+        """Return settings from `overrides`, else the environment, else defaults.
+
+        None and an empty variable both mean "not given". Raises ConfigError, naming the variable, for a value
+        that cannot be understood.
+        """
+        given = {name: value for name, value in overrides.items() if value is not None}
+        for each in fields(cls):
+            text = os.environ.get(_PREFIX + each.name.upper(), "").strip()
+            if text and each.name not in given:
+                given[each.name] = _from_environment(each.name, text)
+        if "data_dir" in given:
+            given["data_dir"] = Path(given["data_dir"]).expanduser()
+        return cls(**given)
+
+    def __repr__(self) -> str:
+        shown = {each.name: getattr(self, each.name) for each in fields(self)}
+        if self.database_url is not None:
+            shown["database_url"] = without_password(self.database_url)
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+
+def without_password(url: str) -> str:
+    """Return `url` (a URL or a conninfo string) with every password replaced by ``***``."""
+    hidden = re.sub(r"(?<=://)([^:@/?#]*):.*@", r"\1:***@", url)
+    return re.sub(r"(\bpassword\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1***", hidden, flags=re.IGNORECASE)
+
+
+def _check_url(url: str) -> None:
+    if re.match(r"postgres(ql)?://", url) or (re.match(r"\s*\w+\s*=", url) and "://" not in url):
+        return
+    shown = without_password(url)
+    advice = (
+        "write it without the driver, as postgresql://…"
+        if url.startswith(("postgresql+", "postgres+"))
+        else "write postgresql://user:password@host:5432/database, or host=… dbname=…"
+    )
+    raise ConfigError(f"database_url {shown!r} is not the address of a Postgres database; {advice}")
+
+
+def _from_environment(name: str, text: str) -> Any:
+    """Return the value of one field from its variable's text."""
+    variable = _PREFIX + name.upper()
+    kind = _READERS.get(type(Settings.__dataclass_fields__[name].default), str)
+    try:
+        value = kind(text)
+        Settings(**{name: value})
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"{variable} must be {wanted}, got {text!r}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{variable}: {error}") from None
+    return value
+
+
+_READERS: dict[type, Callable[[str], Any]] = {int: int, float: float}
