@@ -1,0 +1,401 @@
+"""Open connections: the only module that does. Also what keeps them alive, and what to do when they break.
+
+Every connection made here
+  - gives up on a silent peer within about ten seconds (TCP keepalives, `tcp_user_timeout`), and has the
+    server notice within a second that its client has gone in the middle of a statement;
+  - runs in UTC and UTF-8;
+  - reads `json` as the very text that was stored. `jsonb` is decoded as usual.
+
+What a URL says wins over these defaults, except for the application name, by which reclaim finds the
+backends of a dead worker. No error raised here repeats a password.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import psycopg
+import tenacity
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.rows import TupleRow
+from psycopg.types.string import TextBinaryLoader, TextLoader
+from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolClosed
+
+from outbox import embedded
+from outbox.errors import ConfigError
+from outbox.queries import load
+from outbox.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CONNECT_TIMEOUT_SECONDS = 5
+PREPARE_AFTER = 5  # psycopg's own default; None for a pooler that shuffles sessions between transactions
+FIRST_WAIT_SECONDS = 0.05
+LONGEST_WAIT_SECONDS = 2.0
+
+_DEFAULTS: dict[str, Any] = {
+    "client_encoding": "UTF8",
+    "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+    "keepalives": 1,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+
+# Beside class 08 (connection exceptions): shut down, crashed, starting up, no connection slot left.
+_DISCONNECT_STATES = frozenset({"57P01", "57P02", "57P03", "53300"})
+# A refusal that waiting does not cure. libpq reports no SQLSTATE for a failed connect, only its text.
+_REFUSALS = re.compile(
+    r'FATAL:\s+(?:\w+ authentication failed|(?:role|database) ".*" does not exist|no pg_hba\.conf entry)'
+    r"|no password supplied"
+)
+
+
+# -- where the database is ---------------------------------------------------------------------------
+
+
+def url_of(settings: Settings) -> str:
+    """Return the URL that was set, or that of the running embedded Postgres.
+
+    Raise ConfigError, saying what to do, when there is neither.
+    """
+    if settings.database_url:
+        return settings.database_url
+    running = embedded.running_url(settings.data_dir)
+    if running is None:
+        raise ConfigError(
+            "no database: STEPWELL_DATABASE_URL is not set and no embedded Postgres runs in "
+            f"{settings.data_dir}; set the variable, or start the embedded one with `stepwell worker APP`"
+        )
+    return running
+
+
+@contextmanager
+def serving(settings: Settings) -> Iterator[str]:
+    """Yield the URL of the database, with the embedded one started for as long when no URL is set.
+
+    At the end the embedded server is stopped if it was started here and nobody else is connected.
+    """
+    if settings.database_url:
+        yield settings.database_url
+        return
+    with EmbeddedPostgres(settings) as server:
+        yield server.url
+
+
+class EmbeddedPostgres:
+    """The Postgres of one directory, shared by every Stepwell process that works there.
+
+    `start` joins a running server or starts one. `stop` is safe twice and before `start`; it stops only
+    a server that this object started, and not while others are connected: they would lose it.
+    """
+
+    def __init__(self, settings: Settings, version: int = 18) -> None:
+        self.data_dir = settings.data_dir
+        self.started_here = False
+        self._version = version
+        self._server: embedded.Server | None = None
+        self._url: str | None = None
+
+    @property
+    def url(self) -> str:
+        """Return the URL; only after `start`."""
+        if self._url is None:
+            raise ConfigError(f"the embedded Postgres in {self.data_dir} has not been started")
+        return self._url
+
+    def start(self, timeout_seconds: float = 60.0) -> str:
+        """Have the server accept connections and return its URL; raise ConfigError if it will not."""
+        deadline = time.monotonic() + timeout_seconds
+        server = embedded.Server(self.data_dir, embedded.binaries(self._version))
+        while True:
+            self.started_here = server.start(deadline - time.monotonic()) or self.started_here
+            self._server, self._url = server, server.running_url()
+            try:
+                connect(self.url, application_name="stepwell start").close()
+                return self.url
+            except (psycopg.OperationalError, ConfigError):  # it was dying as we found it: start another
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(FIRST_WAIT_SECONDS)
+
+    def stop(self) -> None:
+        """Stop the server if it was started here and no other client is connected.
+
+        Close your own connections first: they count as others.
+        """
+        if self._server is None or not self.started_here:
+            return
+        if not self._others_are_connected():
+            self._server.stop()
+        self.started_here = False
+
+    def _others_are_connected(self) -> bool:
+        try:
+            with connect(self.url, application_name="stepwell stop") as connection:
+                row = connection.execute(load("count_other_clients")).fetchone()
+        except psycopg.Error as error:
+            logger.warning("the embedded Postgres is stopped without knowing who uses it: %s", error)
+            return False
+        return row is not None and row[0] > 0
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+# -- single connections ------------------------------------------------------------------------------
+
+
+def connect(
+    url: str,
+    *,
+    application_name: str,
+    autocommit: bool = True,
+    prepare_threshold: int | None = PREPARE_AFTER,
+    json_as_text: bool = True,
+) -> psycopg.Connection[TupleRow]:
+    """Open a connection, in one attempt of at most five seconds per host.
+
+    `prepare_threshold` counts executions before a statement is prepared; None for never. Pass
+    `json_as_text=False` for a connection that user code gets. Raises psycopg.OperationalError when the
+    database cannot be reached or refuses, ConfigError for a URL that cannot be read.
+    """
+    connection: psycopg.Connection[TupleRow] = psycopg.connect(
+        parameters(url, application_name), autocommit=True, prepare_threshold=prepare_threshold
+    )
+    try:
+        connection.execute(load("session_settings"))
+        _adapt(connection, json_as_text)
+        connection.autocommit = autocommit
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+async def connect_async(
+    url: str,
+    *,
+    application_name: str,
+    autocommit: bool = True,
+    prepare_threshold: int | None = PREPARE_AFTER,
+    json_as_text: bool = True,
+) -> psycopg.AsyncConnection[TupleRow]:
+    """Open an asynchronous connection; see `connect`."""
+    connection: psycopg.AsyncConnection[TupleRow] = await psycopg.AsyncConnection.connect(
+        parameters(url, application_name), autocommit=True, prepare_threshold=prepare_threshold
+    )
+    try:
+        await connection.execute(load("session_settings"))
+        _adapt(connection, json_as_text)
+        await connection.set_autocommit(autocommit)
+    except BaseException:
+        await connection.close()
+        raise
+    return connection
+
+
+def parameters(url: str, application_name: str) -> str:
+    """Return the conninfo string for `url` with our defaults under what it says itself.
+
+    Several hosts, `target_session_attrs`, `service` and the rest of libpq's parameters pass through.
+    """
+    try:
+        given = conninfo_to_dict(url)
+    except psycopg.ProgrammingError:
+        raise ConfigError(_UNREADABLE) from None  # the original quotes the part it stumbled over
+    if _is_misread(given):
+        raise ConfigError(_UNREADABLE)
+    return make_conninfo("", **{**_DEFAULTS, **given, "application_name": application_name})
+
+
+_UNREADABLE = (
+    "the database URL cannot be read: write postgresql://user:password@host:5432/database, "
+    "with special characters in user and password percent-encoded (@ as %40, / as %2F)"
+)
+
+
+def _is_misread(given: dict[str, Any]) -> bool:
+    """Tell whether an unencoded @, : or / in a password has spilled into another part.
+
+    libpq would go on with it, and quote a piece of the password in its error.
+    """
+    ports = str(given.get("port") or "")
+    return (
+        "@" in str(given.get("host") or "")
+        or re.fullmatch(r"[\d,]*", ports) is None
+        or ("@" in str(given.get("dbname") or "") and "user" not in given)
+    )
+
+
+def _adapt(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any], json_as_text: bool) -> None:
+    if json_as_text:
+        connection.adapters.register_loader("json", TextLoader)
+        connection.adapters.register_loader("json", TextBinaryLoader)
+
+
+# -- pools -------------------------------------------------------------------------------------------
+
+
+def pool(
+    url: str,
+    *,
+    application_name: str,
+    max_size: int,
+    autocommit: bool = True,
+    prepare_threshold: int | None = PREPARE_AFTER,
+    json_as_text: bool = True,
+    wait_seconds: float = 30.0,
+) -> ConnectionPool[psycopg.Connection[TupleRow]]:
+    """Return a pool, not yet open, of at most `max_size` connections like those of `connect`.
+
+    A connection is tested as it is handed out (one round trip), so that a restart of the database is not
+    noticed by the first statement on each. `wait_seconds` bounds the wait for a free one (PoolTimeout).
+    """
+
+    def configure(connection: psycopg.Connection[TupleRow]) -> None:
+        connection.execute(load("session_settings"))
+        _adapt(connection, json_as_text)
+        connection.autocommit = autocommit
+
+    return ConnectionPool(
+        parameters(url, application_name),
+        kwargs={"autocommit": True, "prepare_threshold": prepare_threshold},
+        configure=configure,
+        check=ConnectionPool.check_connection,
+        min_size=0,
+        max_size=max_size,
+        timeout=wait_seconds,
+        name=application_name,
+        open=False,
+    )
+
+
+def async_pool(
+    url: str,
+    *,
+    application_name: str,
+    max_size: int,
+    autocommit: bool = True,
+    prepare_threshold: int | None = PREPARE_AFTER,
+    json_as_text: bool = True,
+    wait_seconds: float = 30.0,
+) -> AsyncConnectionPool[psycopg.AsyncConnection[TupleRow]]:
+    """Return an asynchronous pool, not yet open; see `pool`."""
+
+    async def configure(connection: psycopg.AsyncConnection[TupleRow]) -> None:
+        await connection.execute(load("session_settings"))
+        _adapt(connection, json_as_text)
+        await connection.set_autocommit(autocommit)
+
+    return AsyncConnectionPool(
+        parameters(url, application_name),
+        kwargs={"autocommit": True, "prepare_threshold": prepare_threshold},
+        configure=configure,
+        check=AsyncConnectionPool.check_connection,
+        min_size=0,
+        max_size=max_size,
+        timeout=wait_seconds,
+        name=application_name,
+        open=False,
+    )
+
+
+# -- lost connections --------------------------------------------------------------------------------
+
+
+def is_disconnect(error: BaseException) -> bool:
+    """Tell whether `error` means that the connection is gone or cannot be had, so that a new one may do.
+
+    True for a broken connection, a server that shuts down, crashes, starts up, or has no slot left, and
+    a host that cannot be reached. False for a refusal that waiting does not cure (wrong password, no such
+    database) and for every error of a statement. Looks through SQLAlchemy's wrapper.
+    """
+    original = getattr(error, "orig", None)
+    if isinstance(original, BaseException):
+        return bool(getattr(error, "connection_invalidated", False)) or is_disconnect(original)
+    if not isinstance(error, psycopg.Error) or isinstance(error, PoolClosed | psycopg.errors.PipelineAborted):
+        return False
+    if error.sqlstate is not None:
+        ended = error.diag.severity_nonlocalized in ("FATAL", "PANIC")  # either ends the session
+        return ended or error.sqlstate.startswith("08") or error.sqlstate in _DISCONNECT_STATES
+    return isinstance(error, psycopg.OperationalError) and _REFUSALS.search(str(error)) is None
+
+
+def retry_connecting(
+    operation: Callable[[], T],
+    *,
+    give_up_after_seconds: float | None,
+    stopping: threading.Event | None = None,
+) -> T:
+    """Return what `operation` returns, repeating it for as long as it ends in a disconnect.
+
+    Waits double from 0.05 to 2 seconds, with jitter. `give_up_after_seconds=None` repeats for ever; when
+    the time is up or `stopping` is set, the last error is raised. Any other error is raised at once.
+    """
+    event = stopping or threading.Event()
+    retrying = tenacity.Retrying(
+        stop=_stop_after(give_up_after_seconds) | tenacity.stop_when_event_set(event),
+        sleep=tenacity.sleep_using_event(event),
+        **_POLICY,
+    )
+    result = retrying(operation)
+    _report_recovery(retrying)
+    return result
+
+
+async def retry_connecting_async(
+    operation: Callable[[], Awaitable[T]], *, give_up_after_seconds: float | None
+) -> T:
+    """Await `operation()`, repeating it as `retry_connecting` does. Cancelling ends a wait at once."""
+    retrying = tenacity.AsyncRetrying(stop=_stop_after(give_up_after_seconds), **_POLICY)
+    result: T = await retrying(operation)
+    _report_recovery(retrying)
+    return result
+
+
+def _stop_after(seconds: float | None) -> tenacity.stop.stop_base:
+    return tenacity.stop_never if seconds is None else tenacity.stop_after_delay(seconds)
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    """Return half to all of the doubled wait: a fleet must not come back in step after a restart."""
+    longest = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** min(state.attempt_number - 1, 16))
+    return random.uniform(longest / 2, longest)
+
+
+def _report_loss(state: tenacity.RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    level = logging.WARNING if state.attempt_number == 1 else logging.DEBUG
+    logger.log(level, "the database cannot be reached, trying again: %s", error)
+
+
+def _report_recovery(retrying: tenacity.BaseRetrying) -> None:
+    attempts = retrying.statistics.get("attempt_number", 1)
+    if attempts > 1:
+        logger.info("the database can be reached again, after %d attempts", attempts)
+
+
+_POLICY: dict[str, Any] = {
+    "retry": tenacity.retry_if_exception(is_disconnect),
+    "wait": _wait,
+    "before_sleep": _report_loss,
+    "reraise": True,
+}
