@@ -1,0 +1,127 @@
+"""Exceptions ⇄ recorded faults: `encode_fault`, `decode_fault`.
+
+A fault is a JSON object: `type` (the qualified name of the class), `message`, `data` (the encodable form of the
+exception, if it has one) and `trace` (the end of the traceback). An exception has an encodable form if it is a
+dataclass, or has `to_payload()` and the class method `from_payload(data)`. It is never guessed from `args`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import traceback
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from outbox.errors import StepFailed
+from outbox.payloads import decode, encode, require_decodable
+
+_MAX_MESSAGE = 4_000
+_MAX_DATA_BYTES = 65_536
+_MAX_TRACE = 4_000
+_FRAMES = 12
+
+logger = logging.getLogger(__name__)
+
+
+def encode_fault(error: BaseException, raises: tuple[type[BaseException], ...] = ()) -> dict[str, Any]:
+    """Return what is recorded of `error`: ``type``, ``message`` and, where there is one, ``data`` and ``trace``.
+
+    A StepFailed that a body lets through keeps the type, message and data of the step's own error. It never
+    raises: what of the error cannot be written is left out, with a warning if a class in `raises` then cannot be
+    rebuilt from it.
+    """
+    if isinstance(error, StepFailed):
+        fault = {"type": error.type, "message": _text(error.message, _MAX_MESSAGE)}
+        data = error.data
+    else:
+        fault = {"type": qualified_name(type(error)), "message": _message_of(error)}
+        data = _data_of(error, warn=isinstance(error, raises))
+    if data is not None:
+        fault["data"] = data
+    trace = _text("".join(traceback.format_exception(error, limit=-_FRAMES)), _MAX_TRACE, keep_end=True)
+    return {**fault, "trace": trace}
+
+
+def decode_fault(fault: Mapping[str, Any], raises: tuple[type[BaseException], ...] = ()) -> Exception:
+    """Return the exception that a body sees for a recorded fault.
+
+    It is rebuilt if its very class is in `raises` (a subclass is not: whether that is loaded may differ between
+    two processes) and has an encodable form; otherwise it is a StepFailed.
+    """
+    type_, message, data = str(fault.get("type", "")), str(fault.get("message", "")), fault.get("data")
+    for cls in raises:
+        if qualified_name(cls) == type_ and issubclass(cls, Exception) and has_encodable_form(cls):
+            try:
+                return _rebuilt(cls, data)
+            # from_payload and __init__ are the user's; whatever they raise, the fault itself must not be lost.
+            except Exception as failure:
+                logger.warning("fault not rebuilt", extra={"type": type_, "reason": str(failure)})
+    return StepFailed(type_, message, data)
+
+
+def has_encodable_form(cls: type[BaseException]) -> bool:
+    """Tell whether an exception of `cls` can be rebuilt from what is recorded of it.
+
+    Raises ConfigError for a dataclass with a field that cannot be decoded from JSON.
+    """
+    if hasattr(cls, "to_payload") and hasattr(cls, "from_payload"):
+        return True
+    if not dataclasses.is_dataclass(cls):
+        return False
+    for name, type_ in typing.get_type_hints(cls, include_extras=True).items():
+        require_decodable(type_, f"field {name!r} of the exception `{cls.__qualname__}`")
+    return True
+
+
+def qualified_name(cls: type) -> str:
+    """Return `module.Class`, without the module for what is built in."""
+    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _data_of(error: BaseException, *, warn: bool) -> Any:
+    """Return the encodable form of `error` as plain JSON values, or None."""
+    where = f"data of {qualified_name(type(error))}"
+    try:
+        if hasattr(error, "to_payload"):
+            data = error.to_payload()
+        elif dataclasses.is_dataclass(error):
+            data = {each.name: getattr(error, each.name) for each in dataclasses.fields(error) if each.init}
+        else:
+            return None
+        return decode(encode(data, where=where, max_bytes=_MAX_DATA_BYTES), where=where)
+    # to_payload is the user's and may raise anything.
+    except Exception as failure:
+        if warn:
+            logger.warning("data of an error not recorded", extra={"type": where, "reason": str(failure)})
+        return None
+
+
+def _rebuilt(cls: type[Exception], data: Any) -> Exception:
+    if hasattr(cls, "from_payload"):
+        rebuilt = cls.from_payload(data)
+        if not isinstance(rebuilt, cls):
+            raise TypeError(f"from_payload gave {type(rebuilt).__qualname__}")
+        return rebuilt
+    # By hand and not through msgspec, which makes dataclasses without __new__: an exception made so has no args.
+    hints = typing.get_type_hints(cls, include_extras=True)
+    where = f"data of {qualified_name(cls)}"
+    given = dict(data or {})
+    return cls(**{name: decode(encode(given[name], where=where), hints[name], where=where) for name in given})
+
+
+def _message_of(error: BaseException) -> str:
+    try:
+        return _text(str(error) or (repr(error) if dataclasses.is_dataclass(error) else ""), _MAX_MESSAGE)
+    # __str__ is the user's; an error that cannot say what it is still has a type.
+    except Exception:
+        return ""
+
+
+def _text(text: str, limit: int, *, keep_end: bool = False) -> str:
+    """Return `text` as Postgres can store it: no NUL, no lone surrogates, at most `limit` characters."""
+    clean = text.replace("\0", "\ufffd").encode(errors="replace").decode()
+    if len(clean) <= limit:
+        return clean
+    return f"…{clean[-limit:]}" if keep_end else f"{clean[:limit]}…"
