@@ -289,10 +289,10 @@ class Server:
         raise ConfigError(complaint)
 
     def _postgres_options(self) -> str:
-        settings = {**self._settings, "unix_socket_directories": str(self._socket_dir()), "port": str(PORT)}
+        settings = {**self._settings, "unix_socket_directories": str(self.socket_dir()), "port": str(PORT)}
         return " ".join(f"-c {shlex.quote(f'{name}={value}')}" for name, value in settings.items())
 
-    def _socket_dir(self) -> Path:
+    def socket_dir(self) -> Path:
         """Return the data directory, or a private one when the path is too long or oddly spelled for it."""
         path = str(self.data)
         if len(os.fsencode(path)) + len("/.s.PGSQL.5432.lock") <= SOCKET_PATH_MAX_BYTES and re.fullmatch(

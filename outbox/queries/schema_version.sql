@@ -1,0 +1,3 @@
+-- Purpose: the version of the installed schema; null when no migration is recorded.
+-- Index: migrations_pkey. Locks: none.
+select max(version) from stepwell.migrations
