@@ -1,0 +1,380 @@
+"""Serve /metrics, /healthz and /readyz: one port for all processes of a supervisor.
+
+Two sources meet in one answer. What the processes count comes from the files that they share
+(`worker.metric_files`). What the database knows (exact totals, the depth of the queues, its health) comes
+from `DatabaseMetrics`, and is exported once, however many supervisors run: by the one whose session holds
+the exporter's advisory lock. The lock goes with its session, so another takes over within five seconds
+of the end of a supervisor, and at once when it is scraped.
+
+A scrape waits, at most two seconds, for totals that were read after it arrived: what had been recorded
+when it was sent is in the answer. Counting the queues reads the whole task table, so that is repeated only
+when it is a second old and twenty times as old as it took. If the database does not answer, its metrics
+are absent: an old gauge would be believed.
+
+Threads: one reads the database, one accepts requests, one for each request. None of them touches the
+supervisor's loop; what the supervisor has to say for /readyz is asked through a function that must not
+block. Nothing here is ever a reason for the supervisor to stop.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from socketserver import TCPServer, ThreadingMixIn
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+import psycopg
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from outbox import schema
+from outbox.database import connect
+from outbox.errors import ConfigError, StepwellError
+from worker.metric_files import ProcessFiles
+from worker.queries import load
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIEnvironment
+
+logger = logging.getLogger(__name__)
+
+REFRESH_SECONDS = 5.0
+SCRAPE_WAIT_SECONDS = 2.0
+COUNT_AT_MOST_EVERY_SECONDS = 1.0
+COUNT_REST_FACTOR = 20  # counting the queues takes at most a twentieth of one connection's time
+STATEMENT_TIMEOUT = "5s"
+REQUEST_TIMEOUT_SECONDS = 10
+TASK_STATES = ("ready", "claimed", "waiting", "shelved", "suspect")
+
+NotReady = Callable[[], Sequence[str]]
+
+
+# -- what the database knows -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Depths:
+    """How full and how healthy the database is, at the time of one look."""
+
+    tasks: dict[tuple[str, str], int]
+    oldest_ready_seconds: dict[str, float]
+    blocked: int
+    workers: int
+    oldest_transaction_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What one look found. `totals` are ends of runs and outcomes of steps: (kind, name, outcome) → how many."""
+
+    totals: dict[tuple[str, str, str], int]
+    depths: Depths
+
+
+class DatabaseMetrics:
+    """Reads the database's metrics in a thread of its own; a prometheus collector over what it read.
+
+    `stop` is safe twice and before `start`.
+    """
+
+    def __init__(self, url: str, *, on_refresh: Callable[[], None] = lambda: None) -> None:
+        self._url = url
+        self._on_refresh = on_refresh
+        self._changed = threading.Condition()
+        self._wanted = 0
+        self._served = 0
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._connection: psycopg.Connection[Any] | None = None
+        self._exports = False
+        self._depths: Depths | None = None
+        self._snapshot: Snapshot | None = None
+        self._count_again_at = 0.0
+        self._problem: str | None = "the database has not been reached yet"
+
+    def start(self) -> None:
+        """Start to read, every few seconds and whenever somebody asks."""
+        self._thread = threading.Thread(target=self._run, name="stepwell exporter", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop reading and give the lock back. Waits for a statement that is under way, not for long."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout=SCRAPE_WAIT_SECONDS)
+            self._thread = None
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield what a look at the database finds that begins now; nothing where another one exports."""
+        self.problem()
+        with self._changed:
+            snapshot = self._snapshot
+        if snapshot is not None:
+            yield from _families(snapshot)
+
+    def problem(self) -> str | None:
+        """Look at the database now and say in a sentence why it cannot be worked with, or None."""
+        deadline = time.monotonic() + SCRAPE_WAIT_SECONDS
+        with self._changed:
+            self._wanted += 1
+            ticket = self._wanted
+            self._changed.notify_all()
+            while self._served < ticket and not self._stopping:
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    self._snapshot = None
+                    return self._problem or f"the database has not answered within {SCRAPE_WAIT_SECONDS:g} s"
+                self._changed.wait(remaining)
+            return self._problem
+
+    def _run(self) -> None:
+        while (ticket := self._next_ticket()) is not None:
+            snapshot, problem = self._look()
+            with self._changed:
+                self._snapshot, self._problem = snapshot, problem
+                self._served = ticket
+                self._changed.notify_all()
+        self._disconnect()
+
+    def _next_ticket(self) -> int | None:
+        """Wait until somebody asks or it is time again; return what will be answered, None at the end."""
+        with self._changed:
+            if self._served == self._wanted and not self._stopping:
+                self._changed.wait(REFRESH_SECONDS)
+            return None if self._stopping else self._wanted
+
+    def _look(self) -> tuple[Snapshot | None, str | None]:
+        """Read everything once. Whatever goes wrong is the answer, and the next look connects anew."""
+        try:
+            self._on_refresh()
+            connection = self._connected()
+            if not self._has_lock(connection):
+                return None, None
+            return self._read(connection), None
+        except (psycopg.Error, StepwellError) as error:
+            problem = " ".join(str(error).split()) or type(error).__name__
+            self._report(problem)
+        except Exception:
+            logger.exception("the exporter could not read the database")
+            problem = "the exporter could not read the database; its log says why"
+        self._disconnect()
+        return None, problem
+
+    def _report(self, problem: str) -> None:
+        known = self._problem is not None
+        logger.log(logging.DEBUG if known else logging.WARNING, "the exporter has no database: %s", problem)
+
+    def _connected(self) -> psycopg.Connection[Any]:
+        if self._connection is None:
+            connection = connect(self._url, application_name="stepwell exporter")
+            try:
+                connection.execute("select set_config('statement_timeout', %s, false)", [STATEMENT_TIMEOUT])
+                schema.check(connection, schema.CLAIMANT_FUNCTIONS)
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
+        return self._connection
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection, self._exports, self._depths = None, False, None
+
+    def _has_lock(self, connection: psycopg.Connection[Any]) -> bool:
+        """Tell whether this session is the exporter, after trying to become it."""
+        if not self._exports:
+            row = connection.execute(load("exporter_lock")).fetchone()
+            self._exports = bool(row and row[0])
+        else:
+            connection.execute("select 1")  # a session that is gone has lost the lock as well
+        return self._exports
+
+    def _read(self, connection: psycopg.Connection[Any]) -> Snapshot:
+        rows = connection.execute(load("exporter_totals")).fetchall()
+        totals = {(kind, name, outcome): count for kind, name, outcome, count in rows}
+        started = time.monotonic()
+        if self._depths is None or started >= self._count_again_at:
+            self._depths = _read_depths(connection)
+            took = time.monotonic() - started
+            self._count_again_at = started + max(COUNT_AT_MOST_EVERY_SECONDS, COUNT_REST_FACTOR * took)
+        return Snapshot(totals, self._depths)
+
+
+def _read_depths(connection: psycopg.Connection[Any]) -> Depths:
+    tasks: dict[tuple[str, str], int] = {}
+    for queue, state, count in connection.execute(load("exporter_queues")):
+        tasks |= {(queue, known): tasks.get((queue, known), 0) for known in TASK_STATES}
+        if state is not None:
+            tasks[queue, state] = count
+    queues = sorted({queue for queue, _ in tasks})
+    oldest = dict.fromkeys(queues, 0.0)
+    for queue, seconds in connection.execute(load("exporter_oldest_ready"), {"queues": queues}):
+        oldest[queue] = max(0.0, seconds)
+    row = connection.execute(load("exporter_health")).fetchone()
+    assert row is not None  # the statement always answers with one row
+    blocked, workers, oldest_transaction = row
+    return Depths(tasks, oldest, blocked, workers, max(0.0, oldest_transaction))
+
+
+def _families(snapshot: Snapshot) -> Iterator[Metric]:
+    depths = snapshot.depths
+    by_kind: dict[str, list[tuple[str, str, int]]] = defaultdict(list)
+    for (kind, name, outcome), count in sorted(snapshot.totals.items()):
+        by_kind[kind].append((name, outcome, count))
+    yield _counter("stepwell_runs", "Runs that ended, exact across any kill.", "workflow", by_kind["run"])
+    yield _counter(
+        "stepwell_steps", "Outcomes of executions of steps, exact across any kill.", "step", by_kind["step"]
+    )
+    tasks = GaugeMetricFamily("stepwell_queue_tasks", "Tasks by queue and state.", labels=["queue", "state"])
+    for (queue, state), count in sorted(depths.tasks.items()):
+        tasks.add_metric([queue, state], count)
+    yield tasks
+    oldest = GaugeMetricFamily(
+        "stepwell_queue_oldest_ready_seconds",
+        "For how long the longest ready task of the queue has been ready.",
+        labels=["queue"],
+    )
+    for queue, seconds in sorted(depths.oldest_ready_seconds.items()):
+        oldest.add_metric([queue], seconds)
+    yield oldest
+    yield GaugeMetricFamily("stepwell_runs_blocked", "Runs that need a person.", value=depths.blocked)
+    yield GaugeMetricFamily(
+        "stepwell_oldest_transaction_seconds",
+        "Age of the oldest open transaction of the database; a high one holds back vacuum.",
+        value=depths.oldest_transaction_seconds,
+    )
+    yield GaugeMetricFamily(
+        "stepwell_workers", "Worker processes registered and not declared dead.", value=depths.workers
+    )
+
+
+def _counter(
+    name: str, documentation: str, label: str, counts: Iterable[tuple[str, str, int]]
+) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, documentation, labels=[label, "outcome"])
+    for labelled, outcome, count in counts:
+        family.add_metric([labelled, outcome], count)
+    return family
+
+
+# -- the server --------------------------------------------------------------------------------------
+
+
+class Exporter:
+    """The HTTP server of one supervisor. Enter it to serve; leaving it, `stop`, is safe twice.
+
+    `directory` is what `worker.metric_files.shared_directory` gave. `not_ready` says, in sentences, what keeps
+    the workers from claiming; it is called from a request's thread and must not block. `port` 0 takes a free one.
+    """
+
+    def __init__(self, url: str, *, directory: Path, host: str, port: int, not_ready: NotReady) -> None:
+        files = ProcessFiles(directory)
+        self._database = DatabaseMetrics(url, on_refresh=files.fold_dead)
+        self._not_ready = not_ready
+        registry = CollectorRegistry()
+        registry.register(files)
+        registry.register(self._database)
+        self._metrics = make_wsgi_app(registry)
+        self._server = _bound(host, port, self._answer)
+        self.address = f"http://{host}:{self._server.server_port}"
+
+    @property
+    def port(self) -> int:
+        """The port that is served."""
+        return self._server.server_port
+
+    def start(self) -> None:
+        """Serve from now on, in threads."""
+        self._database.start()
+        threading.Thread(target=self._server.serve_forever, name="stepwell http", daemon=True).start()
+
+    def stop(self) -> None:
+        """Stop serving and free the port."""
+        if self._server.fileno() >= 0:
+            self._server.shutdown()
+            self._server.server_close()
+        self._database.stop()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        match environ["PATH_INFO"]:
+            case "/metrics":
+                body: Iterable[bytes] = self._metrics(environ, start_response)
+                return body
+            case "/healthz":
+                return _json(start_response, "200 OK", {"status": "alive"})
+            case "/readyz":
+                reasons = self._reasons()
+                if reasons:
+                    return _json(
+                        start_response, "503 Service Unavailable", {"status": "not ready", "reasons": reasons}
+                    )
+                return _json(start_response, "200 OK", {"status": "ready"})
+        return _json(
+            start_response, "404 Not Found", {"error": "here are only /metrics, /healthz and /readyz"}
+        )
+
+    def _reasons(self) -> list[str]:
+        problem = self._database.problem()
+        return [*([problem] if problem else []), *self._not_ready()]
+
+
+def _bound(host: str, port: int, application: Callable[..., Iterable[bytes]]) -> WSGIServer:
+    try:
+        return make_server(host, port, application, _Server, _Handler)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"cannot serve metrics on {host}:{port}: {reason}; choose another --metrics-port"
+        ) from None
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def server_bind(self) -> None:
+        """Bind without the reverse look-up of the own address, which takes seconds where DNS is broken."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.setup_environ()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Note that a request broke, most often because who asked has gone, without a traceback on stderr."""
+        logger.debug("a request to the exporter broke: %r", sys.exception())
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = REQUEST_TIMEOUT_SECONDS  # a client that never finishes its request must not keep a thread
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Stay quiet: a scrape is no event."""
+
+    def address_string(self) -> str:
+        return str(self.client_address[0])
+
+
+def _json(start_response: StartResponse, status: str, content: dict[str, Any]) -> list[bytes]:
+    body = json.dumps(content).encode() + b"\n"
+    start_response(status, [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
+    return [body]
