@@ -12,9 +12,10 @@ import dataclasses
 import enum
 import hashlib
 import math
+import operator
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from functools import lru_cache
@@ -45,9 +46,10 @@ def encode(value: Any, *, where: str, max_bytes: int = DEFAULT_MAX_BYTES) -> str
         raise _fault_in(value, where, error) or _unexplained(where, error) from error
     if len(raw) > max_bytes:
         raise _too_large(value, where, len(raw), max_bytes)
-    if _NUL_BYTES in raw and (found := _fault_in(value, where)):
+    text = raw.decode()
+    if _NUL in text and (found := _fault_in(value, where)):
         raise found
-    return raw.decode()
+    return text
 
 
 def decode(text: str | bytes, type_: Any = Any, *, where: str) -> Any:
@@ -66,8 +68,7 @@ def read(decoder: msgspec.json.Decoder[Any], text: str | bytes, where: str) -> A
     # __post_init__ and validators of the caller's classes run in here and may raise anything.
     except Exception as error:
         raise fault(where, *finding_of(error)) from error
-    escaped_nul = _NUL_TEXT in text if isinstance(text, str) else _NUL_BYTES in text
-    if escaped_nul and (found := _fault_in(_ANY.decode(text), where)):
+    if _NUL in (text if isinstance(text, str) else text.decode()) and (found := _fault_in(_ANY.decode(text), where)):
         raise found
     return value
 
@@ -143,32 +144,43 @@ def _as_field(path: str) -> str:
 def _is_clean(value: Any) -> bool:
     """Tell whether `value` surely comes back from JSON as it went in. False means: look closer."""
     cls = type(value)
-    if cls is dict:
-        for key, item in value.items():
-            if type(key) is not str or not (type(item) in _PLAIN or _is_clean(item)):
-                return False
-        return True
-    if cls is list or cls is tuple:
-        for item in value:
-            if not (type(item) in _PLAIN or _is_clean(item)):
-                return False
-        return True
     if cls in _PLAIN:
         return True
     if cls is float:
         return math.isfinite(value)
-    if cls is datetime:
-        return value.tzinfo is None or value.tzinfo is UTC or _has_whole_minutes(value)
-    if cls is Decimal:
+    if cls is dict:
+        for key, item in value.items():
+            if type(key) is not str:
+                return False
+            if type(item) not in _PLAIN and not _is_clean(item):
+                return False
+        return True
+    if cls is list or cls is tuple:
+        parts = value
+    elif cls is Decimal:
         return bool(value.is_finite())
-    names = _field_names(cls)
-    if names is None:
-        return False
-    for name in names:
-        item = getattr(value, name, None)
-        if not (type(item) in _PLAIN or _is_clean(item)):
+    elif cls is datetime:
+        return value.tzinfo is None or value.tzinfo is UTC or _has_whole_minutes(value)
+    else:
+        fields_of = _reader_of_fields(cls)
+        if fields_of is None:
+            return False
+        parts = fields_of(value)
+    for item in parts:
+        if type(item) not in _PLAIN and not _is_clean(item):
             return False
     return True
+
+
+@lru_cache(maxsize=4096)
+def _reader_of_fields(cls: type) -> Callable[[Any], tuple[Any, ...]] | None:
+    """Return what gives the fields of a value of `cls` as a tuple; None if `cls` is not known to have fields."""
+    names = _field_names(cls)
+    if names is None:
+        return None
+    if len(names) > 1:
+        return operator.attrgetter(*names)
+    return lambda value: tuple([getattr(value, name) for name in names])
 
 
 @lru_cache(maxsize=4096)
@@ -369,8 +381,7 @@ _KEY_TYPES = (
     msgspec.inspect.LiteralType,
 )
 _MAX_BITS = 13_287  # 4,000 digits; Python itself converts at most 4,300 from and to text
-_NUL_TEXT = "\\u0000"
-_NUL_BYTES = b"\\u0000"
+_NUL = "\\u0000"
 _ANY: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 _ENCODER = msgspec.json.Encoder(enc_hook=to_json)
 _ORDERED = msgspec.json.Encoder(enc_hook=to_json, order="deterministic")
