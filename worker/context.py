@@ -1,0 +1,154 @@
+"""Where the code that runs now stands: in a driven body, in the execution of a step, or in neither.
+
+In a body, `sleep`, `now`, `random`, `uuid` and `wait` ask the drive, so that a replay answers alike. Elsewhere
+they are what their names say, so that workflows and steps can be called and tested as plain functions.
+"""
+
+from __future__ import annotations
+
+import math
+import random as _random
+import uuid as _uuid
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from outbox.errors import ConfigError
+
+if TYPE_CHECKING:
+    from worker.definitions import Step
+    from worker.records import Path, RunFacts
+
+T = TypeVar("T")
+
+
+class Drive(Protocol):
+    """What a driven body can ask of its driver."""
+
+    facts: RunFacts
+
+    def step_call(self, step: Step[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Perform a def step and return its value; return an awaitable for an async one."""
+
+    def sleep_call(self, seconds: float | None, until: datetime | None) -> Awaitable[None]:
+        """Return the awaitable of a durable sleep."""
+
+    def wait(self, awaitable: Awaitable[T]) -> T:
+        """Perform the call behind an awaitable."""
+
+    def now(self) -> datetime:
+        """Return the time of the last record delivered."""
+
+    def random(self) -> float:
+        """Return the next number in [0, 1)."""
+
+    def uuid(self) -> _uuid.UUID:
+        """Return the next UUID."""
+
+    def report(self, violation: BaseException) -> None:
+        """Remember that the body did what a replay cannot repeat, even if it swallows the exception."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepInfo:
+    """The execution of a step, as the step itself may know it."""
+
+    run_id: _uuid.UUID
+    path: Path
+    execution: int
+    idempotency_key: str
+    fence: int
+
+
+current_drive: ContextVar[Drive | None] = ContextVar("stepwell_drive", default=None)
+_execution: ContextVar[tuple[RunFacts, StepInfo] | None] = ContextVar("stepwell_execution", default=None)
+
+
+@contextmanager
+def executing(facts: RunFacts, step: StepInfo) -> Iterator[None]:
+    """Make `current_run()` and `current_step()` answer inside the execution of a step."""
+    token = _execution.set((facts, step))
+    try:
+        yield
+    finally:
+        _execution.reset(token)
+
+
+def current_run() -> RunFacts:
+    """Return the run that this body or step works for. Raises ConfigError outside of one."""
+    drive = current_drive.get()
+    if drive is not None:
+        return drive.facts
+    execution = _execution.get()
+    if execution is None:
+        raise ConfigError("current_run() answers in the body of a workflow and in a step of a run, not outside of them")
+    return execution[0]
+
+
+def current_step() -> StepInfo:
+    """Return the execution of the step that calls. Raises ConfigError anywhere else, also in a body."""
+    execution = _execution.get()
+    if execution is None or current_drive.get() is not None:
+        raise ConfigError("current_step() answers in a step that is executed for a run, not in a body or outside of one")
+    return execution[1]
+
+
+def sleep(duration: float | timedelta) -> Awaitable[None]:
+    """Sleep durably for so many seconds: ``await sleep(60)``, in a def body ``wait(sleep(60))``."""
+    seconds = duration.total_seconds() if isinstance(duration, timedelta) else float(duration)
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise ValueError(f"sleep() takes a number of seconds that is not negative, got {duration!r}")
+    drive = current_drive.get()
+    return _sleep_plainly(seconds) if drive is None else drive.sleep_call(seconds, None)
+
+
+def sleep_until(moment: datetime) -> Awaitable[None]:
+    """Sleep durably until a moment, which must know its time zone. One that has passed returns at once."""
+    if moment.tzinfo is None or moment.utcoffset() is None:
+        raise ValueError(f"sleep_until() takes a datetime with a time zone, got {moment!r}")
+    drive = current_drive.get()
+    if drive is None:
+        return _sleep_plainly(max(0.0, (moment - datetime.now(UTC)).total_seconds()))
+    return drive.sleep_call(None, moment.astimezone(UTC))
+
+
+def wait(awaitable: Awaitable[T]) -> T:
+    """Return the result of an async step or a sleep in a def body: ``wait(send_welcome(lead))``."""
+    drive = current_drive.get()
+    return _wait_plainly(awaitable) if drive is None else drive.wait(awaitable)
+
+
+def now() -> datetime:
+    """Return the time (UTC) of the last thing that happened in the run, the same in every replay."""
+    drive = current_drive.get()
+    return datetime.now(UTC) if drive is None else drive.now()
+
+
+def random() -> float:
+    """Return a number in [0, 1), the same in every replay."""
+    drive = current_drive.get()
+    return _random.random() if drive is None else drive.random()
+
+
+def uuid() -> _uuid.UUID:
+    """Return a random UUID (version 4), the same in every replay."""
+    drive = current_drive.get()
+    return _uuid.uuid4() if drive is None else drive.uuid()
+
+
+async def _sleep_plainly(seconds: float) -> None:
+    import asyncio  # here, because replay.py imports this module and must stay free of an event loop
+
+    await asyncio.sleep(seconds)
+
+
+def _wait_plainly(awaitable: Awaitable[T]) -> T:
+    import asyncio
+
+    async def awaited() -> T:
+        return await awaitable
+
+    return asyncio.run(awaited())

@@ -1,0 +1,415 @@
+"""What users write: `@workflow`, `@step`, `@transaction`, and what becomes of the functions they decorate.
+
+A definition is called as the function that it is. In a driven body the call goes to the drive, anywhere else
+to the plain function. Everything that can be wrong with a definition is a ConfigError when its module is
+imported; it names the function, the file and the line.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, cast, overload
+
+from outbox.codec import Signature
+from outbox.errors import ConfigError, PayloadError
+from worker.apps import load_app
+from worker.context import current_drive
+from worker.kinds import TransactionKind, kind_of
+from worker.registry import Registry, collecting, registry
+from worker.retries import RetryPolicy
+
+if TYPE_CHECKING:
+    from typing import Self
+
+__all__ = [
+    "NOT_DONE",
+    "Definition",
+    "Registry",
+    "Step",
+    "TransactionKind",
+    "Workflow",
+    "collecting",
+    "load_app",
+    "registry",
+    "step",
+    "transaction",
+    "workflow",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+S = TypeVar("S")
+T = TypeVar("T")
+
+OnCrash = Literal["retry", "hold"]
+
+
+class _NotDone:
+    """The type of NOT_DONE."""
+
+    def __repr__(self) -> str:
+        return "NOT_DONE"
+
+
+NOT_DONE = _NotDone()
+"""What a `verify` function returns when the effect of its step has not happened."""
+
+
+class Definition(Generic[P, R]):
+    """A registered function: its name, its signature, and the class it belongs to if it is a class method.
+
+    `function` is what the engine calls, with a class method's class filled in; `plain` is what the user wrote.
+    `skipped` counts the leading parameters that are no payload: a class, a session.
+    """
+
+    sort = "definition"
+
+    def __init__(self, decorated: Any, name: str | None, *, session: bool = False) -> None:
+        self.plain, self._of_class = _unwrapped(decorated, self.sort)
+        functools.update_wrapper(cast(Any, self), self.plain)
+        self.file = self.plain.__code__.co_filename
+        self.where = f"{self.file}:{self.plain.__code__.co_firstlineno}"
+        self.name = self._checked_name(name)
+        self.is_async = inspect.iscoroutinefunction(self.plain)
+        self._owner: type | None = None
+        # From 3.13 on classmethod(definition) hands the class over as an argument instead of asking __get__.
+        self._given_class = self._of_class and not isinstance(decorated, classmethod) and sys.version_info >= (3, 13)
+        self.function: Callable[..., Any] = self._with_class if self._of_class else self.plain
+        self.skipped = int(self._of_class) + int(session)
+        self._check_parameters()
+        self.signature = self._built_signature()
+        self.arguments_where = f"{self.sort} {self.name}"
+        self.result_where = f"the result of {self.sort} {self.name}"
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._owner = owner
+
+    @overload
+    def __get__(self, instance: None, owner: type, /) -> Self: ...
+    @overload
+    def __get__(self, instance: object, owner: type | None = None, /) -> Self: ...
+    def __get__(self, instance: object, owner: type | None = None, /) -> Any:
+        if not self._of_class:
+            return self
+        accessed = owner or type(instance)
+        return self if accessed is self._found_owner(accessed) else functools.partial(self._inherited, accessed)
+
+    def __repr__(self) -> str:
+        return f"<{self.sort} {self.name} at {self.where}>"
+
+    def resolve(self) -> None:
+        """Resolve annotations that name what came later in the module. Raises ConfigError."""
+        try:
+            _ = self.signature.returns
+            self.signature.check_input("{}")
+        except PayloadError:
+            return  # the empty input does not fit; its types do
+        except ConfigError as error:
+            raise self.problem(str(error)) from error
+
+    def problem(self, what: str) -> ConfigError:
+        """Return the error that says what is wrong with this definition, and where it is."""
+        return ConfigError(f"{self.sort} {self.plain.__qualname__} ({self.where}): {what}")
+
+    def _checked_name(self, name: str | None) -> str:
+        self.name = self.plain.__qualname__.rpartition("<locals>.")[2] if name is None else name
+        if not isinstance(self.name, str) or not self.name.strip() or not self.name.isprintable():
+            raise self.problem(f"name= takes a printable text, got {name!r}")
+        return self.name
+
+    def _check_parameters(self) -> None:
+        if inspect.isgeneratorfunction(self.plain) or inspect.isasyncgenfunction(self.plain):
+            raise self.problem("it is a generator; a definition has one result, so return a list instead")
+        parameters = list(inspect.signature(self.plain).parameters.values())
+        if not self._of_class and parameters and parameters[0].name == "self" and "." in self.name:
+            raise self.problem("an instance cannot be recorded; make it a static or a class method")
+        for parameter in parameters:
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                raise self.problem(f"parameter {str(parameter)!r} takes any arguments; name each one, or take a list or dict")
+
+    def _built_signature(self) -> Signature:
+        try:
+            return Signature.of(self.plain, skip_first=self.skipped)
+        except (ConfigError, PayloadError) as error:
+            raise self.problem(str(error)) from error
+
+    def _with_class(self, *args: Any, **kwargs: Any) -> Any:
+        return self.plain(self._found_owner(None), *args, **kwargs)
+
+    def _inherited(self, accessed: type, *args: Any, **kwargs: Any) -> Any:
+        """Call through a subclass: plainly only, because a record holds the name and not the subclass."""
+        if current_drive.get() is None:
+            return self.plain(accessed, *args, **kwargs)
+        raise self.problem(
+            f"it is called through {accessed.__qualname__}, which is not recorded; call it through the class that "
+            f"defines it, or decorate a class method of {accessed.__qualname__}"
+        )
+
+    def _without_class(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        accessed, *rest = args
+        if accessed is not self._found_owner(accessed):
+            self._inherited(accessed)
+        return tuple(rest)
+
+    def _found_owner(self, accessed: type | None) -> type:
+        """Return the class whose method this is: told by Python, seen on the way to a call, or looked up by name."""
+        if self._owner is None and accessed is not None:
+            self._owner = next((base for base in accessed.__mro__ if _holds(base, self)), None)
+        if self._owner is None:
+            found: Any = sys.modules.get(self.plain.__module__)
+            for part in self.plain.__qualname__.split(".")[:-1]:
+                found = getattr(found, part, None)
+            if not isinstance(found, type):
+                raise self.problem("its class cannot be found by its name; define it at the top of a module")
+            self._owner = found
+        return self._owner
+
+
+class Step(Definition[P, R]):
+    """A function with effects: the unit that is executed, recorded, and never executed again."""
+
+    sort = "step"
+
+    def __init__(
+        self,
+        decorated: Any,
+        name: str | None = None,
+        *,
+        retry: RetryPolicy | None = None,
+        timeout: float | timedelta | None = None,
+        on_crash: OnCrash = "retry",
+        verify: Callable[..., Any] | None = None,
+        raises: type[Exception] | tuple[type[Exception], ...] = (),
+        transactional: bool = False,
+    ) -> None:
+        if transactional:
+            self.sort = "transaction"
+        super().__init__(decorated, name, session=transactional)
+        self.retry = self._checked_retry(retry)
+        self.timeout = self._checked_timeout(timeout)
+        self.on_crash = self._checked_on_crash(on_crash)
+        self.verify = self._checked_verify(verify, transactional)
+        self.raises = self._checked_raises(raises)
+        self.transaction = self._kind() if transactional else None
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        drive = current_drive.get()
+        if drive is None:
+            return self._called_plainly(*args, **kwargs)  # type: ignore[no-any-return]  # as below
+        if self._given_class:
+            return drive.step_call(self, self._without_class(args), kwargs)  # type: ignore[no-any-return]
+        return drive.step_call(self, args, kwargs)  # type: ignore[no-any-return]  # a drive gives what the function gives
+
+    def _called_plainly(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.plain if self._given_class else self.function)(*args, **kwargs)
+
+    def _kind(self) -> TransactionKind:
+        parameters = list(inspect.signature(self.plain).parameters.values())[int(self._of_class) :]
+        try:
+            return kind_of(self.plain, parameters[0] if parameters else None)
+        except ConfigError as error:
+            raise self.problem(str(error)) from None
+
+    def _checked_retry(self, retry: Any) -> RetryPolicy | None:
+        if retry is None or isinstance(retry, RetryPolicy):
+            return retry
+        raise self.problem(f"retry= takes retrying(stop=…, wait=…, on=…), got {retry!r}")
+
+    def _checked_timeout(self, timeout: Any) -> float | None:
+        if timeout is None:
+            return None
+        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+            raise self.problem(f"timeout= takes a positive number of seconds or a timedelta, got {timeout!r}")
+        return float(seconds)
+
+    def _checked_on_crash(self, on_crash: Any) -> OnCrash:
+        if on_crash not in ("retry", "hold"):
+            raise self.problem(f'on_crash= takes "retry" or "hold", got {on_crash!r}')
+        return on_crash  # type: ignore[no-any-return]  # one of the two literals
+
+    def _checked_verify(self, verify: Any, transactional: bool) -> Callable[..., Any] | None:
+        if verify is None:
+            return None
+        if transactional:
+            raise self.problem("a transaction needs no verify=: its effects and its record commit together or not at all")
+        function = verify.__func__ if isinstance(verify, staticmethod) else verify
+        if not callable(function) or isinstance(function, Definition):
+            raise self.problem(f"verify= takes a plain function of the step's parameters, got {verify!r}")
+        wanted = list(inspect.signature(self.plain).parameters.values())[self.skipped :]
+        positional = [p for p in wanted if p.kind is not p.KEYWORD_ONLY]
+        keywords = {p.name: None for p in wanted if p.kind is p.KEYWORD_ONLY}
+        try:
+            inspect.signature(function).bind(*positional, **keywords)
+        except TypeError as error:
+            raise self.problem(f"verify= is called with the arguments of the step and cannot take them: {error}") from None
+        return function  # type: ignore[no-any-return]  # checked to be callable
+
+    def _checked_raises(self, raises: Any) -> tuple[type[Exception], ...]:
+        classes = raises if isinstance(raises, tuple) else (raises,)
+        for each in classes:
+            if not (isinstance(each, type) and issubclass(each, Exception)):
+                raise self.problem(f"raises= takes exception classes, got {each!r}")
+        return classes
+
+
+class Workflow(Definition[P, R]):
+    """A deterministic function: the plan that is replayed."""
+
+    sort = "workflow"
+
+    def __init__(self, decorated: Any, name: str | None = None, *, queue: str = "default", strict: bool = False) -> None:
+        super().__init__(decorated, name)
+        if not isinstance(queue, str) or not queue.strip():
+            raise self.problem(f"queue= takes the name of a queue, got {queue!r}")
+        self.queue = queue
+        self.strict = bool(strict)
+        self.version = ""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return (self.plain if self._given_class else self.function)(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+class _StepDecorator(Protocol):
+    @overload
+    def __call__(self, function: staticmethod[P, R], /) -> Step[P, R]: ...
+    @overload
+    def __call__(self, function: classmethod[T, P, R], /) -> Step[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> Step[P, R]: ...
+
+
+class _TransactionDecorator(Protocol):
+    @overload
+    def __call__(self, function: staticmethod[Concatenate[S, P], R], /) -> Step[P, R]: ...
+    @overload
+    def __call__(self, function: classmethod[T, Concatenate[S, P], R], /) -> Step[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[S, P], R], /) -> Step[P, R]: ...
+
+
+class _WorkflowDecorator(Protocol):
+    @overload
+    def __call__(self, function: staticmethod[P, R], /) -> Workflow[P, R]: ...
+    @overload
+    def __call__(self, function: classmethod[T, P, R], /) -> Workflow[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> Workflow[P, R]: ...
+
+
+@overload
+def step(function: staticmethod[P, R], /) -> Step[P, R]: ...
+@overload
+def step(function: classmethod[T, P, R], /) -> Step[P, R]: ...
+@overload
+def step(function: Callable[P, R], /) -> Step[P, R]: ...
+@overload
+def step(
+    *,
+    name: str | None = None,
+    retry: RetryPolicy | None = None,
+    timeout: float | timedelta | None = None,
+    on_crash: OnCrash = "retry",
+    verify: Callable[..., Any] | None = None,
+    raises: type[Exception] | tuple[type[Exception], ...] = (),
+) -> _StepDecorator: ...
+def step(function: Any = None, /, **options: Any) -> Any:
+    """Make a function a step: executed once and recorded.
+
+    `retry` is a policy of `retrying(…)`, none means that the first failure is final. `timeout` is in seconds.
+    `on_crash` says what follows an execution that never answered: "retry" executes again with the same
+    idempotency key, "hold" waits for a person. `verify` is called with the step's arguments before every
+    execution but the first; it returns the result, or NOT_DONE. `raises` are the exception classes that a body
+    gets back as they are; every other failure reaches it as StepFailed.
+    """
+    return _decorated(_registered_step, function, options)
+
+
+@overload
+def transaction(function: staticmethod[Concatenate[S, P], R], /) -> Step[P, R]: ...
+@overload
+def transaction(function: classmethod[T, Concatenate[S, P], R], /) -> Step[P, R]: ...
+@overload
+def transaction(function: Callable[Concatenate[S, P], R], /) -> Step[P, R]: ...
+@overload
+def transaction(
+    *,
+    name: str | None = None,
+    retry: RetryPolicy | None = None,
+    timeout: float | timedelta | None = None,
+    on_crash: OnCrash = "retry",
+    raises: type[Exception] | tuple[type[Exception], ...] = (),
+) -> _TransactionDecorator: ...
+def transaction(function: Any = None, /, **options: Any) -> Any:
+    """Make a function a step whose writes and whose record commit together: exactly once.
+
+    Its first parameter, a connection or session of psycopg or SQLAlchemy, is filled in by the worker; it must
+    neither commit nor roll back. The other options are those of `step`.
+    """
+    return _decorated(_registered_transaction, function, options)
+
+
+@overload
+def workflow(function: staticmethod[P, R], /) -> Workflow[P, R]: ...
+@overload
+def workflow(function: classmethod[T, P, R], /) -> Workflow[P, R]: ...
+@overload
+def workflow(function: Callable[P, R], /) -> Workflow[P, R]: ...
+@overload
+def workflow(*, name: str | None = None, queue: str = "default", strict: bool = False) -> _WorkflowDecorator: ...
+def workflow(function: Any = None, /, **options: Any) -> Any:
+    """Make a function a workflow: the deterministic plan of a run.
+
+    `strict` blocks a run whose replay calls a recorded step with other arguments than before; else that is
+    only counted.
+    """
+    return _decorated(_registered_workflow, function, options)
+
+
+def _decorated(register: Callable[..., Any], function: Any, options: dict[str, Any]) -> Any:
+    """Serve both `@step` and `@step(…)`."""
+    return functools.partial(register, **options) if function is None else register(function, **options)
+
+
+def _registered_step(function: Any, /, **options: Any) -> Step[..., Any]:
+    made: Step[..., Any] = Step(function, **options)
+    registry().add_step(made)
+    return made
+
+
+def _registered_transaction(function: Any, /, **options: Any) -> Step[..., Any]:
+    return _registered_step(function, transactional=True, **options)
+
+
+def _registered_workflow(function: Any, /, **options: Any) -> Workflow[..., Any]:
+    made: Workflow[..., Any] = Workflow(function, **options)
+    registry().add_workflow(made)
+    return made
+
+
+def _unwrapped(decorated: Any, sort: str) -> tuple[Any, bool]:
+    """Return the plain function under `decorated`, and whether it is a class method."""
+    function = decorated.__func__ if isinstance(decorated, staticmethod | classmethod) else decorated
+    if isinstance(function, Definition):
+        raise ConfigError(f"{function.where}: {function.plain.__qualname__} is a {function.sort} already; it cannot be a {sort} too")
+    if not inspect.isfunction(function):
+        raise ConfigError(f"@{sort} decorates functions written with def or async def, not {function!r}")
+    return function, isinstance(decorated, classmethod) or (
+        not isinstance(decorated, staticmethod) and _looks_like_class_method(function)
+    )
+
+
+def _looks_like_class_method(function: Any) -> bool:
+    """Tell a `@step` that stands below `@classmethod`: it sees the plain function only."""
+    in_class = "." in function.__qualname__.rpartition("<locals>.")[2]
+    return in_class and next(iter(inspect.signature(function).parameters), "") == "cls"
+
+
+def _holds(base: type, definition: Definition[..., Any]) -> bool:
+    held = base.__dict__.get(definition.plain.__name__)
+    return held is definition or getattr(held, "__func__", None) is definition

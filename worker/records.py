@@ -1,0 +1,124 @@
+"""The facts that a replay starts from: a run, and what of its history still applies.
+
+Values only: this module reads nothing and decides nothing about the world outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import msgspec
+
+from outbox.errors import HistoryMismatch
+
+Path = tuple[int, ...]
+
+VOIDED = "voided"
+"""Outcome of an execution that a retry has voided. It is seen in memory only, never stored: it no longer
+counts as a failure, but it did happen, so that `verify` is asked before the step is executed again."""
+
+
+class Record(msgspec.Struct, frozen=True, gc=False):
+    """One row of a run's history.
+
+    `n` is 0 for the final outcome of the call at `path`, else the nth execution of it that failed or was
+    interrupted. `value` is the recorded JSON text, `error` the recorded fault.
+    """
+
+    path: Path
+    n: int
+    kind: str
+    name: str
+    outcome: str
+    value: str | None
+    error: dict[str, Any] | None
+    fingerprint: int | None
+    at: datetime
+    seq: int = 0
+    epoch: int = 0
+
+
+class RunFacts(msgspec.Struct, frozen=True):
+    """What a body may know of its own run; the same in every replay of the epoch."""
+
+    id: UUID
+    workflow: str
+    created_at: datetime
+    seed: str
+    epoch: int = 0
+    labels: dict[str, str] = {}
+
+
+def dotted(path: Path) -> str:
+    """Return the path as people read it: ``3.1.2``."""
+    return ".".join(map(str, path))
+
+
+def visible(history: Iterable[Record]) -> list[Record]:
+    """Return the records that a replay has to deliver, in the order in which they happened.
+
+    Records of the run itself are left out. Each record that opens an epoch voids what its kind says of
+    everything before it. Raises HistoryMismatch for a kind that this release does not know.
+    """
+    standing: list[Record] = []
+    for record in sorted(history, key=_by_seq):
+        if record.kind == "epoch":
+            standing = _void(standing, record)
+        elif record.kind != "run":
+            standing.append(record)
+    return standing
+
+
+def _by_seq(record: Record) -> int:
+    return record.seq
+
+
+def _void(standing: list[Record], opening: Record) -> list[Record]:
+    if opening.outcome == "retry":
+        return _void_failures(standing)
+    raise HistoryMismatch(
+        f"epoch {opening.epoch} was opened by {opening.outcome!r}, which this release of Stepwell does not know; "
+        "let a worker of the newer release take the run",
+        expected="retry",
+        got=opening.outcome,
+    )
+
+
+def _void_failures(standing: list[Record]) -> list[Record]:
+    """Void the failed outcomes that the body did not get past.
+
+    A failure that the body caught and went on from has to stand: what it did next is recorded too, and
+    would not fit a history in which that step is executed again afterwards.
+    """
+    final = {record.path for record in standing if record.n == 0}
+    failed = [record.path for record in standing if record.n == 0 and record.outcome == "failed"]
+    lasting = {
+        record.path
+        for record in standing
+        if (record.outcome != "failed" if record.n == 0 else record.path not in final and record.outcome != VOIDED)
+    }
+    voided = {path for path in failed if not any(_comes_after(other, path) for other in lasting)}
+    return [_voided(record) if record.path in voided else record for record in standing]
+
+
+def _comes_after(other: Path, path: Path) -> bool:
+    """Tell whether the body can only have made the call at `other` after the answer of the one at `path`.
+
+    Even positions of a path number calls, odd ones the branches of a join, which do not wait for each other.
+    """
+    for position, (theirs, ours) in enumerate(zip(other, path, strict=False)):
+        if theirs != ours:
+            return position % 2 == 0 and theirs > ours
+    return False
+
+
+def _voided(record: Record) -> Record:
+    """Return the record as an execution that has happened and does not count: never as a final outcome."""
+    return msgspec.structs.replace(record, n=record.n or _AFTER_ALL, outcome=VOIDED)
+
+
+_AFTER_ALL = 1 << 30
+"""The n of a voided final outcome, which came after every counted execution of its path."""

@@ -1,0 +1,86 @@
+"""The definitions that this process knows, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from outbox.errors import ConfigError
+
+if TYPE_CHECKING:
+    from worker.definitions import Definition, Step, Workflow
+
+D = TypeVar("D", bound="Definition[..., Any]")
+
+
+class Registry:
+    """Workflows and steps by name."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, Step[..., Any]] = {}
+        self.workflows: dict[str, Workflow[..., Any]] = {}
+
+    def add_step(self, step: Step[..., Any]) -> None:
+        """Register a step. Raises ConfigError when its name is taken."""
+        _add(self.steps, step)
+
+    def add_workflow(self, workflow: Workflow[..., Any]) -> None:
+        """Register a workflow. Raises ConfigError when its name is taken."""
+        _add(self.workflows, workflow)
+
+    def resolve(self) -> None:
+        """Resolve annotations that named what came later in their modules. Raises ConfigError."""
+        for definition in (*self.workflows.values(), *self.steps.values()):
+            definition.resolve()
+
+
+_default = Registry()
+_collecting: ContextVar[Registry | None] = ContextVar("stepwell_registry", default=None)
+
+
+def registry() -> Registry:
+    """Return the registry that decorators add to: the process's own, except inside `collecting()`."""
+    return _collecting.get() or _default
+
+
+@contextmanager
+def collecting() -> Iterator[Registry]:
+    """Let the decorators of this block add to a registry of its own, for tests and for tools."""
+    fresh = Registry()
+    token = _collecting.set(fresh)
+    try:
+        yield fresh
+    finally:
+        _collecting.reset(token)
+
+
+def _add(definitions: dict[str, D], new: D) -> None:
+    known = definitions.get(new.name)
+    if known is not None and not _replaces(known.plain, new.plain):
+        raise ConfigError(_taken(known, new))
+    definitions[new.name] = new
+
+
+def _replaces(known: Callable[..., Any], new: Callable[..., Any]) -> bool:
+    """Tell whether `new` is `known` again: after a reload of its module, or retyped in a console."""
+    if known.__module__ != new.__module__ or known.__qualname__ != new.__qualname__:
+        return False
+    before, after = known.__code__, new.__code__
+    if before.co_filename != after.co_filename:
+        return bool(before.co_filename.startswith("<"))
+    return bool(before.co_filename.startswith("<") or before.co_firstlineno == after.co_firstlineno)
+
+
+def _taken(known: Definition[..., Any], new: Definition[..., Any]) -> str:
+    if known.file == new.file and known.plain.__module__ != new.plain.__module__:
+        return (
+            f"{new.file} was loaded twice, as module {known.plain.__module__!r} and as {new.plain.__module__!r}, so that "
+            f"its {new.sort} {new.name!r} is defined twice; import it under one name only (a script that is run and "
+            "imported as well is loaded twice: keep definitions in a module of their own)"
+        )
+    return (
+        f"{new.sort} {new.name!r} is defined twice, at {known.where} and at {new.where}; "
+        f"rename one or give it a name of its own: @{new.sort}(name=…)"
+    )
