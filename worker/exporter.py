@@ -26,6 +26,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
 from types import TracebackType
@@ -53,6 +54,7 @@ COUNT_AT_MOST_EVERY_SECONDS = 1.0
 COUNT_REST_FACTOR = 20  # counting the queues takes at most a twentieth of one connection's time
 STATEMENT_TIMEOUT = "5s"
 REQUEST_TIMEOUT_SECONDS = 10
+STOP_POLL_SECONDS = 0.1
 TASK_STATES = ("ready", "claimed", "waiting", "shelved", "suspect")
 
 NotReady = Callable[[], Sequence[str]]
@@ -298,7 +300,8 @@ class Exporter:
     def start(self) -> None:
         """Serve from now on, in threads."""
         self._database.start()
-        threading.Thread(target=self._server.serve_forever, name="stepwell http", daemon=True).start()
+        serve = partial(self._server.serve_forever, poll_interval=STOP_POLL_SECONDS)
+        threading.Thread(target=serve, name="stepwell http", daemon=True).start()
 
     def stop(self) -> None:
         """Stop serving and free the port."""
@@ -359,7 +362,7 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
         self.setup_environ()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - as the base class has it
         """Note that a request broke, most often because who asked has gone, without a traceback on stderr."""
         logger.debug("a request to the exporter broke: %r", sys.exception())
 
