@@ -81,7 +81,9 @@ class _RunEnded(StepwellError):
     def __init__(self, run_id: UUID | str, error: Mapping[str, Any] | None = None) -> None:
         self.run_id = run_id
         self.error = dict(error) if error is not None else None
-        super().__init__(f"run {run_id} {self._ending}{_cause(self.error)}{self._advice.format(run_id=run_id)}")
+        super().__init__(
+            f"run {run_id} {self._ending}{_cause(self.error)}{self._advice.format(run_id=run_id)}"
+        )
 
 
 class RunFailed(_RunEnded):

@@ -68,7 +68,7 @@ def has_encodable_form(cls: type[BaseException]) -> bool:
     """
     if hasattr(cls, "to_payload") and hasattr(cls, "from_payload"):
         return True
-    if not dataclasses.is_dataclass(cls):
+    if not hasattr(cls, "__dataclass_fields__"):
         return False
     for name, type_ in typing.get_type_hints(cls, include_extras=True).items():
         require_decodable(type_, f"field {name!r} of the exception `{cls.__qualname__}`")
@@ -83,11 +83,13 @@ def qualified_name(cls: type) -> str:
 def _data_of(error: BaseException, *, warn: bool) -> Any:
     """Return the encodable form of `error` as plain JSON values, or None."""
     where = f"data of {qualified_name(type(error))}"
+    to_payload = getattr(error, "to_payload", None)
     try:
-        if hasattr(error, "to_payload"):
-            data = error.to_payload()
-        elif dataclasses.is_dataclass(error):
-            data = {each.name: getattr(error, each.name) for each in dataclasses.fields(error) if each.init}
+        if to_payload is not None:
+            data = to_payload()
+        elif hasattr(error, "__dataclass_fields__"):
+            fields = dataclasses.fields(typing.cast("Any", error))
+            data = {each.name: getattr(error, each.name) for each in fields if each.init}
         else:
             return None
         return decode(encode(data, where=where, max_bytes=_MAX_DATA_BYTES), where=where)
@@ -99,8 +101,9 @@ def _data_of(error: BaseException, *, warn: bool) -> Any:
 
 
 def _rebuilt(cls: type[Exception], data: Any) -> Exception:
-    if hasattr(cls, "from_payload"):
-        rebuilt = cls.from_payload(data)
+    from_payload = getattr(cls, "from_payload", None)
+    if from_payload is not None:
+        rebuilt = from_payload(data)
         if not isinstance(rebuilt, cls):
             raise TypeError(f"from_payload gave {type(rebuilt).__qualname__}")
         return rebuilt
@@ -113,7 +116,10 @@ def _rebuilt(cls: type[Exception], data: Any) -> Exception:
 
 def _message_of(error: BaseException) -> str:
     try:
-        return _text(str(error) or (repr(error) if dataclasses.is_dataclass(error) else ""), _MAX_MESSAGE)
+        # A dataclass that was made by keyword has no args, and then str() is empty.
+        return _text(
+            str(error) or (repr(error) if hasattr(error, "__dataclass_fields__") else ""), _MAX_MESSAGE
+        )
     # __str__ is the user's; an error that cannot say what it is still has a type.
     except Exception:
         return ""

@@ -68,7 +68,9 @@ def read(decoder: msgspec.json.Decoder[Any], text: str | bytes, where: str) -> A
     # __post_init__ and validators of the caller's classes run in here and may raise anything.
     except Exception as error:
         raise fault(where, *finding_of(error)) from error
-    if _NUL in (text if isinstance(text, str) else text.decode()) and (found := _fault_in(_ANY.decode(text), where)):
+    if _NUL in (text if isinstance(text, str) else text.decode()) and (
+        found := _fault_in(_ANY.decode(text), where)
+    ):
         raise found
     return value
 
@@ -120,7 +122,9 @@ def finding_of(error: Exception) -> tuple[str, str]:
     """Return (field, reason) of what a decoder raised."""
     if isinstance(error, RecursionError):
         return "", "is nested too deeply"
-    if isinstance(error, msgspec.DecodeError | UnicodeError) and not isinstance(error, msgspec.ValidationError):
+    if isinstance(error, msgspec.DecodeError | UnicodeError) and not isinstance(
+        error, msgspec.ValidationError
+    ):
         return "", f"is not valid JSON: {str(error).removeprefix('JSON is malformed: ')}"
     if not isinstance(error, msgspec.ValidationError):
         return "", f"{type(error).__name__}: {error}"
@@ -141,9 +145,9 @@ def _as_field(path: str) -> str:
 # --- looking through a value before it is encoded ---------------------------------------------------------------
 
 
-def _is_clean(value: Any) -> bool:
+def _is_clean(value: Any) -> bool:  # noqa: C901 - flat, and on the hot path
     """Tell whether `value` surely comes back from JSON as it went in. False means: look closer."""
-    cls = type(value)
+    cls: Any = type(value)
     if cls in _PLAIN:
         return True
     if cls is float:
@@ -166,14 +170,14 @@ def _is_clean(value: Any) -> bool:
         if fields_of is None:
             return False
         parts = fields_of(value)
-    for item in parts:
+    for item in parts:  # noqa: SIM110 - a generator costs more than all of the rest
         if type(item) not in _PLAIN and not _is_clean(item):
             return False
     return True
 
 
 @lru_cache(maxsize=4096)
-def _reader_of_fields(cls: type) -> Callable[[Any], tuple[Any, ...]] | None:
+def _reader_of_fields(cls: Any) -> Callable[[Any], tuple[Any, ...]] | None:
     """Return what gives the fields of a value of `cls` as a tuple; None if `cls` is not known to have fields."""
     names = _field_names(cls)
     if names is None:
@@ -184,10 +188,10 @@ def _reader_of_fields(cls: type) -> Callable[[Any], tuple[Any, ...]] | None:
 
 
 @lru_cache(maxsize=4096)
-def _field_names(cls: type) -> tuple[str, ...] | None:
+def _field_names(cls: Any) -> tuple[str, ...] | None:
     """Return the names of the fields that `cls` is encoded with, () for an enum, None for anything else."""
     if issubclass(cls, msgspec.Struct):
-        return cls.__struct_fields__
+        return tuple(cls.__struct_fields__)
     if dataclasses.is_dataclass(cls):
         return tuple(each.name for each in dataclasses.fields(cls) if each.init)
     if hasattr(cls, "__attrs_attrs__"):
@@ -227,7 +231,8 @@ def _nodes(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     elif is_pydantic_model(type(value)):
         yield from _nodes(to_json(value), path)
     else:
-        for name in _field_names(type(value)) or ():
+        cls: Any = type(value)
+        for name in _field_names(cls) or ():
             yield from _nodes(getattr(value, name, None), f"{path}.{name}")
 
 
@@ -283,7 +288,8 @@ def _fault_in(value: Any, where: str, error: Exception | None = None) -> Payload
 
 def _refusal_of(node: Any) -> str | None:
     """Return why the encoder refuses a value that holds no others, or None."""
-    if isinstance(node, Mapping | list | tuple | set | frozenset) or _field_names(type(node)):
+    cls: Any = type(node)
+    if isinstance(node, Mapping | list | tuple | set | frozenset) or _field_names(cls):
         return None
     try:
         _ENCODER.encode(node)
@@ -303,7 +309,9 @@ def _too_large(value: Any, where: str, size: int, max_bytes: int) -> PayloadErro
         if path.startswith(field) and len(_ENCODER.encode(node)) * 5 > size * 4:
             field = path
     reason = f"{size:,} bytes as JSON in all, and the limit (max_payload_bytes) is {max_bytes:,}"
-    return fault(where, field.lstrip("."), f"too large: {reason}; keep large data elsewhere, pass its address")
+    return fault(
+        where, field.lstrip("."), f"too large: {reason}; keep large data elsewhere, pass its address"
+    )
 
 
 def _type_name(value: Any) -> str:
@@ -335,8 +343,8 @@ def from_json(cls: type, plain: Any) -> Any:
 
 def _first_of(error: ValueError) -> str:
     """Return the first finding of pydantic's ValidationError, with its path in msgspec's own notation."""
-    findings = error.errors(include_url=False) if hasattr(error, "errors") else ()
-    for finding in findings:
+    errors = getattr(error, "errors", tuple)  # only pydantic's has them
+    for finding in errors():
         path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in finding["loc"])
         return f"{finding['msg']} - at `${path}`"
     return str(error)

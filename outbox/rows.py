@@ -15,7 +15,9 @@ _OBJECTS = (kinds.DataclassType, kinds.StructType, kinds.TypedDictType)
 _CONTAINERS = (*_OBJECTS, kinds.DictType, kinds.CollectionType)
 
 
-def input_of_row(parameters: type[msgspec.Struct], row: Mapping[str, str | None], where: str) -> dict[str, Any]:
+def input_of_row(
+    parameters: type[msgspec.Struct], row: Mapping[str, str | None], where: str
+) -> dict[str, Any]:
     """Return parameter name → value for one row, as `csv.DictReader` gives it.
 
     One parameter that is an object takes the whole row; otherwise columns are parameters. Raises PayloadError.
@@ -90,7 +92,9 @@ def _cells_of_model(model: Any, row: Mapping[str, str | None]) -> dict[str, Any]
 
 
 def _accepts(info: kinds.Type, wanted: Any) -> bool:
-    return any(isinstance(each, wanted) for each in (info.types if isinstance(info, kinds.UnionType) else (info,)))
+    return any(
+        isinstance(each, wanted) for each in (info.types if isinstance(info, kinds.UnionType) else (info,))
+    )
 
 
 def _without_none(info: kinds.Type) -> kinds.Type:

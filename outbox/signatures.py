@@ -37,7 +37,9 @@ _BOTTOM = (typing.NoReturn, typing.Never)
 class Signature:
     """The parameters and the result of one function. Make it with `Signature.of`."""
 
-    def __init__(self, function: Callable[..., Any], parameters: list[inspect.Parameter], returns: Any) -> None:
+    def __init__(
+        self, function: Callable[..., Any], parameters: list[inspect.Parameter], returns: Any
+    ) -> None:
         self._function = function
         self._declared = parameters
         self._returns = returns
@@ -62,8 +64,12 @@ class Signature:
                 )
         made = cls(function, parameters, inspected.return_annotation)
         if all(_resolves(function, each) for each in (*(p.annotation for p in parameters), made._returns)):
-            made._arguments, made._result  # noqa: B018 - make them now, so that a bad type is an error at import
+            made.require_carriable()
         return made
+
+    def require_carriable(self) -> None:
+        """Raise ConfigError for a parameter, a default or a result that JSON cannot carry."""
+        _ = self._arguments, self._result
 
     @property
     def returns(self) -> Any:
@@ -197,7 +203,7 @@ def _name_of(function: Callable[..., Any]) -> str:
 def _inspect(function: Callable[..., Any]) -> inspect.Signature:
     """Return Python's signature of `function`, its annotations as they stand."""
     if sys.version_info >= (3, 14):
-        import annotationlib  # noqa: PLC0415 - does not exist before 3.14
+        import annotationlib
 
         return inspect.signature(function, annotation_format=annotationlib.Format.FORWARDREF)
     return inspect.signature(function)
@@ -234,7 +240,7 @@ def _evaluated(function: Callable[..., Any], annotation: Any) -> Any:
 
     plain = inspect.unwrap(function)
     code, cells = getattr(plain, "__code__", None), getattr(plain, "__closure__", None) or ()
-    names = {name: cell for name, cell in zip(code.co_freevars, cells, strict=False)} if code else {}
+    names = dict(zip(code.co_freevars, cells, strict=False)) if code else {}
     holder.__annotations__ = {"it": annotation}
     return typing.get_type_hints(
         holder,

@@ -1,0 +1,55 @@
+# `make` alone says what there is. Everything runs in .venv, which `make setup` fills.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+REPEAT ?= 1
+ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help setup demo test crash bench lint types layers format
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  ARGS='…' is handed on to demo, test, crash and bench: make demo ARGS='--leads 200 --keep'"
+
+setup: $(STAMP) ## Put Stepwell and all that its development needs into .venv
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: setup ## Welcome a thousand leads while workers are killed
+	$(BIN)/stepwell demo $(ARGS)
+
+test: setup ## Run all tests but the slow ones
+	$(BIN)/pytest -m 'not slow' $(ARGS)
+
+crash: setup ## Run the crash tests, slow ones too; REPEAT=10 runs them ten times in a row
+	for round in $$(seq $(REPEAT)); do \
+		echo "crash tests, round $$round of $(REPEAT)"; \
+		$(BIN)/pytest -m crash $(ARGS); \
+	done
+
+bench: setup ## Measure: runs per second, latency, recovery
+	$(BIN)/python -m benchmarks $(ARGS)
+
+lint: setup ## Check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup ## Check the types of the code, and of the public API as its users see it
+	$(BIN)/mypy
+	$(BIN)/mypy tests/typing
+	$(BIN)/pyright
+
+layers: setup ## Check which module may import which
+	$(BIN)/lint-imports --no-logo
+
+format: setup ## Format the code and mend what can be mended mechanically
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
