@@ -266,8 +266,8 @@ def pool(
 ) -> ConnectionPool[psycopg.Connection[TupleRow]]:
     """Return a pool, not yet open, of at most `max_size` connections like those of `connect`.
 
-    A connection is tested as it is handed out (one round trip), so that a restart of the database is not
-    noticed by the first statement on each. `wait_seconds` bounds the wait for a free one (PoolTimeout).
+    A connection is tested as it is handed out (one round trip): after a restart of the database a caller
+    waits for about a second instead of failing. `wait_seconds` bounds the wait for one (PoolTimeout).
     """
 
     def configure(connection: psycopg.Connection[TupleRow]) -> None:
@@ -275,17 +275,25 @@ def pool(
         _adapt(connection, json_as_text)
         connection.autocommit = autocommit
 
-    return ConnectionPool(
+    def check(connection: psycopg.Connection[TupleRow]) -> None:
+        try:
+            ConnectionPool.check_connection(connection)
+        except psycopg.Error:
+            created.check()  # the pool waits longer after each broken one: let it meet no other
+            raise
+
+    created = ConnectionPool(
         parameters(url, application_name),
         kwargs={"autocommit": True, "prepare_threshold": prepare_threshold},
         configure=configure,
-        check=ConnectionPool.check_connection,
+        check=check,
         min_size=0,
         max_size=max_size,
         timeout=wait_seconds,
         name=application_name,
         open=False,
     )
+    return created
 
 
 def async_pool(
@@ -305,17 +313,25 @@ def async_pool(
         _adapt(connection, json_as_text)
         await connection.set_autocommit(autocommit)
 
-    return AsyncConnectionPool(
+    async def check(connection: psycopg.AsyncConnection[TupleRow]) -> None:
+        try:
+            await AsyncConnectionPool.check_connection(connection)
+        except psycopg.Error:
+            await created.check()
+            raise
+
+    created = AsyncConnectionPool(
         parameters(url, application_name),
         kwargs={"autocommit": True, "prepare_threshold": prepare_threshold},
         configure=configure,
-        check=AsyncConnectionPool.check_connection,
+        check=check,
         min_size=0,
         max_size=max_size,
         timeout=wait_seconds,
         name=application_name,
         open=False,
     )
+    return created
 
 
 # -- lost connections --------------------------------------------------------------------------------
@@ -365,8 +381,12 @@ async def retry_connecting_async(
     operation: Callable[[], Awaitable[T]], *, give_up_after_seconds: float | None
 ) -> T:
     """Await `operation()`, repeating it as `retry_connecting` does. Cancelling ends a wait at once."""
+
+    async def attempt() -> T:  # tenacity would not await what a plain function returns
+        return await operation()
+
     retrying = tenacity.AsyncRetrying(stop=_stop_after(give_up_after_seconds), **_POLICY)
-    result: T = await retrying(operation)
+    result: T = await retrying(attempt)
     _report_recovery(retrying)
     return result
 

@@ -34,6 +34,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
 
@@ -219,13 +220,14 @@ class Server:
         file = self.data / "PG_VERSION"
         if not file.exists():
             return
-        found, wanted = file.read_text().strip(), self.major_version()
+        found, wanted = file.read_text().strip(), self.major_version
         if found != wanted:
             raise ConfigError(
                 f"the data in {self.data} is of Postgres {found}, this server is Postgres {wanted}: "
                 "set STEPWELL_DATA_DIR to another directory, or dump the data with the old version"
             )
 
+    @cached_property
     def major_version(self) -> str:
         """Return the major version of the programs, as PG_VERSION writes it."""
         said = subprocess.run(

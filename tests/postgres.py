@@ -26,6 +26,7 @@ from outbox.schema import migrate
 VERSIONS = (18, 16, 15)
 PREFIX = "stepwell-tests-"
 TEMPLATE = "stepwell_template"
+MEMORY_NEEDED_BYTES = 8 * 2**30
 SETTINGS = {
     **embedded.SERVER_SETTINGS,
     "fsync": "off",
@@ -79,15 +80,13 @@ class Cluster:
     @contextmanager
     def database(self, template: str | None = TEMPLATE) -> Iterator[str]:
         """Yield the URL of a new database: with Stepwell's schema, or empty for `template=None`."""
-        if self.pid is None:  # an earlier test left it down
-            self.start()
+        self.start()  # an earlier test may have left it down
         name = f"test_{os.getpid()}_{next(self._numbers)}"
         self.execute(f"create database {name} template {template or 'template0'}")
         try:
             yield self.url(name)
         finally:
-            if self.pid is None:
-                self.start()
+            self.start()
             self.execute(f"drop database if exists {name} with (force)")
 
     def make_template(self) -> None:
@@ -101,7 +100,7 @@ class Cluster:
 def running(version: int) -> Iterator[Cluster]:
     """Yield a started cluster of that major version, without a database of ours in it."""
     _remove_left_behind()
-    home = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=_parent()))
+    home = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=_parents()[0]))
     home.chmod(0o755)  # the account that runs Postgres for root passes through
     cluster = Cluster(version, home)
     try:
@@ -137,14 +136,23 @@ def _major(bin_dir: Path) -> int:
     return int(match[1]) if match else 0
 
 
-def _parent() -> Path:
-    shared = Path("/var/tmp")  # pytest's own directories are closed to other accounts
-    return shared if shared.is_dir() else Path(tempfile.gettempdir())
+def _parents() -> list[Path]:
+    """Return where clusters may live, best first; pytest's own directories are closed to other accounts."""
+    memory, disk = Path("/dev/shm"), Path("/var/tmp")
+    found = [disk if disk.is_dir() else Path(tempfile.gettempdir())]
+    # A new database is 350 new files: in memory that takes a tenth of the time.
+    if (
+        memory.is_dir()
+        and os.access(memory, os.W_OK)
+        and shutil.disk_usage(memory).free > MEMORY_NEEDED_BYTES
+    ):
+        found.insert(0, memory)
+    return found
 
 
 def _remove_left_behind() -> None:
     """Stop and delete clusters of test sessions whose process is gone."""
-    for home in _parent().glob(f"{PREFIX}*"):
+    for home in itertools.chain.from_iterable(parent.glob(f"{PREFIX}*") for parent in _parents()):
         match = re.fullmatch(rf"{PREFIX}(\d+)-.*", home.name)
         if match is None or home.stat().st_uid != os.geteuid() or _lives(int(match[1])):
             continue

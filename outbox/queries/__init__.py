@@ -19,12 +19,12 @@ def load(name: str) -> str:
 
 
 def strip_header(name: str, text: str) -> str:
-    """Return the statement below the header comment; a file without one is a programming error."""
+    """Return the statement below the header; a header that leaves something out is a programming error."""
     lines = text.splitlines()
     start = next((at for at, line in enumerate(lines) if not line.startswith("--")), len(lines))
-    if start == 0:
-        raise ValueError(f"{name}.sql has no header comment: say its purpose, its index and its lock order")
-    statement = "\n".join(lines[start:]).strip().rstrip(";")
+    header, statement = "\n".join(lines[:start]), "\n".join(lines[start:]).strip().rstrip(";")
+    if "Index:" not in header or "Locks:" not in header:
+        raise ValueError(f"{name}.sql must begin with comments: its purpose, its Index: and its Locks: in order")
     if not statement:
         raise ValueError(f"{name}.sql holds no statement")
     return statement
