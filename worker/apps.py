@@ -54,7 +54,9 @@ def _load_file(app: str) -> None:
     _put_on_path(path.parent)
     _import(name, app)
     if not _is_of(sys.modules[name], path):
-        raise ConfigError(f"{app} is hidden by the module {name!r} of {_origin(sys.modules[name])}; rename the file")
+        raise ConfigError(
+            f"{app} is hidden by the module {name!r} of {_origin(sys.modules[name])}; rename the file"
+        )
 
 
 def _load_module(app: str) -> None:
@@ -88,24 +90,27 @@ def _broken(app: str, error: BaseException) -> ConfigError:
     said = str(error).strip().splitlines()
     lines = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_plumbing(frame.filename)]
     at = f" ({lines[-1].filename}:{lines[-1].lineno})" if lines else ""
-    return ConfigError(f"{app} cannot be imported: {type(error).__name__}{': ' + said[0] if said else ''}{at}")
+    return ConfigError(
+        f"{app} cannot be imported: {type(error).__name__}{': ' + said[0] if said else ''}{at}"
+    )
 
 
 def _is_plumbing(filename: str) -> bool:
-    return filename.startswith("<frozen importlib") or filename == __file__ or filename == importlib.__file__
+    return filename.startswith("<frozen importlib") or filename in (__file__, importlib.__file__)
 
 
 def _loaded() -> Iterator[ModuleType]:
-    return (module for module in list(sys.modules.values()) if isinstance(module, ModuleType))
+    modules: list[object] = list(sys.modules.values())  # some put other objects there
+    return (module for module in modules if isinstance(module, ModuleType))
 
 
 def _is_of(module: ModuleType, path: Path) -> bool:
     origin = _origin(module)
-    return origin is not None and os.path.basename(origin) == path.name and Path(origin).resolve() == path
+    return origin is not None and Path(origin).name == path.name and Path(origin).resolve() == path
 
 
 def _origin(module: ModuleType) -> str | None:
-    origin = getattr(module, "__file__", None)
+    origin = module.__dict__.get("__file__")  # getattr would wake modules that load themselves lazily
     return origin if isinstance(origin, str) else None
 
 

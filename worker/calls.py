@@ -1,4 +1,4 @@
-"""The calls of async steps and of sleeps: awaitables that are performed when they are awaited."""
+"""The calls of async steps and of sleeps: awaitables that are performed when they are awaited, once."""
 
 from __future__ import annotations
 
@@ -13,34 +13,33 @@ if TYPE_CHECKING:
 
 
 class Call:
-    """A call that is performed when it is awaited, once, like a coroutine."""
+    """A call that a body holds in its hand. Like a coroutine, it warns when nobody awaits it."""
 
     __slots__ = ("_drive", "_performed")
 
-    def __init__(self, drive: Replay) -> None:
-        self._drive = drive
-        self._performed = False
+    _drive: Replay
+    _performed: bool
 
     def __await__(self) -> Generator[Any, Any, Any]:
+        yield from ()  # makes this a generator, which a call needs no more: it switches away instead
         return self.perform()
-        yield  # makes this a generator: it ends before it yields, because a call switches away instead
 
     def __del__(self) -> None:
         if not self._performed and not self._drive.discarding():
-            warnings.warn(f"{self._what()} was never awaited", RuntimeWarning, stacklevel=2, source=self)
+            warnings.warn(f"{self.what()} was never awaited", RuntimeWarning, stacklevel=2, source=self)
 
     def perform(self) -> Any:
         """Make the call, and return its value."""
+        raise NotImplementedError
+
+    def what(self) -> str:
+        """Return what is called, for messages."""
+        raise NotImplementedError
+
+    def _once(self) -> None:
         if self._performed:
-            raise RuntimeError(f"{self._what()} was awaited already; call it again to make another call")
+            raise RuntimeError(f"{self.what()} was awaited already; call it again to make another call")
         self._performed = True
-        return self._perform()
-
-    def _what(self) -> str:
-        raise NotImplementedError
-
-    def _perform(self) -> Any:
-        raise NotImplementedError
 
 
 class StepCall(Call):
@@ -48,16 +47,23 @@ class StepCall(Call):
 
     __slots__ = ("_args", "_kwargs", "_step")
 
-    def __init__(self, drive: Replay, step: Step[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._drive = drive
+    def __init__(
+        self, drive: Replay, step: Step[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         self._performed = False
-        self._step, self._args, self._kwargs = step, args, kwargs
+        self._drive = drive
+        self._step = step
+        self._args = args
+        self._kwargs = kwargs
 
-    def _what(self) -> str:
-        return f"step {self._step.name!r}"
-
-    def _perform(self) -> Any:
+    def perform(self) -> Any:
+        """Deliver the recorded outcome of the step, or have it executed."""
+        self._once()
         return self._drive.perform_step(self._step, self._args, self._kwargs)
+
+    def what(self) -> str:
+        """Return the name of the step."""
+        return f"step {self._step.name!r}"
 
 
 class SleepCall(Call):
@@ -66,11 +72,16 @@ class SleepCall(Call):
     __slots__ = ("_seconds", "_until")
 
     def __init__(self, drive: Replay, seconds: float | None, until: datetime | None) -> None:
-        super().__init__(drive)
-        self._seconds, self._until = seconds, until
+        self._performed = False
+        self._drive = drive
+        self._seconds = seconds
+        self._until = until
 
-    def _what(self) -> str:
-        return "a sleep"
-
-    def _perform(self) -> None:
+    def perform(self) -> None:
+        """Return when the sleep is over."""
+        self._once()
         self._drive.perform_sleep(self._seconds, self._until)
+
+    def what(self) -> str:
+        """Return what it is, there is no name."""
+        return "a sleep"

@@ -84,7 +84,9 @@ def current_run() -> RunFacts:
         return drive.facts
     execution = _execution.get()
     if execution is None:
-        raise ConfigError("current_run() answers in the body of a workflow and in a step of a run, not outside of them")
+        raise ConfigError(
+            "current_run() answers in the body of a workflow and in a step of a run, not outside of them"
+        )
     return execution[0]
 
 
@@ -92,12 +94,17 @@ def current_step() -> StepInfo:
     """Return the execution of the step that calls. Raises ConfigError anywhere else, also in a body."""
     execution = _execution.get()
     if execution is None or current_drive.get() is not None:
-        raise ConfigError("current_step() answers in a step that is executed for a run, not in a body or outside of one")
+        raise ConfigError(
+            "current_step() answers in a step that is executed for a run, not in a body or outside of one"
+        )
     return execution[1]
 
 
 def sleep(duration: float | timedelta) -> Awaitable[None]:
-    """Sleep durably for so many seconds: ``await sleep(60)``, in a def body ``wait(sleep(60))``."""
+    """Wait durably for so many seconds.
+
+    In an async body it is awaited, in a def body it goes through `wait`.
+    """
     seconds = duration.total_seconds() if isinstance(duration, timedelta) else float(duration)
     if not (math.isfinite(seconds) and seconds >= 0):
         raise ValueError(f"sleep() takes a number of seconds that is not negative, got {duration!r}")
@@ -140,7 +147,7 @@ def uuid() -> _uuid.UUID:
 
 
 async def _sleep_plainly(seconds: float) -> None:
-    import asyncio  # here, because replay.py imports this module and must stay free of an event loop
+    import asyncio
 
     await asyncio.sleep(seconds)
 

@@ -13,7 +13,18 @@ import math
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Generic,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    cast,
+    overload,
+)
 
 from outbox.codec import Signature
 from outbox.errors import ConfigError, PayloadError
@@ -71,14 +82,16 @@ class Definition(Generic[P, R]):
 
     def __init__(self, decorated: Any, name: str | None, *, session: bool = False) -> None:
         self.plain, self._of_class = _unwrapped(decorated, self.sort)
-        functools.update_wrapper(cast(Any, self), self.plain)
+        functools.update_wrapper(cast("Any", self), self.plain)
         self.file = self.plain.__code__.co_filename
         self.where = f"{self.file}:{self.plain.__code__.co_firstlineno}"
         self.name = self._checked_name(name)
         self.is_async = inspect.iscoroutinefunction(self.plain)
         self._owner: type | None = None
         # From 3.13 on classmethod(definition) hands the class over as an argument instead of asking __get__.
-        self._given_class = self._of_class and not isinstance(decorated, classmethod) and sys.version_info >= (3, 13)
+        self._given_class = (
+            self._of_class and not isinstance(decorated, classmethod) and sys.version_info >= (3, 13)
+        )
         self.function: Callable[..., Any] = self._with_class if self._of_class else self.plain
         self.skipped = int(self._of_class) + int(session)
         self._check_parameters()
@@ -97,7 +110,9 @@ class Definition(Generic[P, R]):
         if not self._of_class:
             return self
         accessed = owner or type(instance)
-        return self if accessed is self._found_owner(accessed) else functools.partial(self._inherited, accessed)
+        return (
+            self if accessed is self._found_owner(accessed) else functools.partial(self._inherited, accessed)
+        )
 
     def __repr__(self) -> str:
         return f"<{self.sort} {self.name} at {self.where}>"
@@ -116,11 +131,11 @@ class Definition(Generic[P, R]):
         """Return the error that says what is wrong with this definition, and where it is."""
         return ConfigError(f"{self.sort} {self.plain.__qualname__} ({self.where}): {what}")
 
-    def _checked_name(self, name: str | None) -> str:
-        self.name = self.plain.__qualname__.rpartition("<locals>.")[2] if name is None else name
-        if not isinstance(self.name, str) or not self.name.strip() or not self.name.isprintable():
+    def _checked_name(self, name: Any) -> str:
+        chosen = self.plain.__qualname__.rpartition("<locals>.")[2] if name is None else name
+        if not isinstance(chosen, str) or not chosen.strip() or not chosen.isprintable():
             raise self.problem(f"name= takes a printable text, got {name!r}")
-        return self.name
+        return chosen
 
     def _check_parameters(self) -> None:
         if inspect.isgeneratorfunction(self.plain) or inspect.isasyncgenfunction(self.plain):
@@ -130,7 +145,9 @@ class Definition(Generic[P, R]):
             raise self.problem("an instance cannot be recorded; make it a static or a class method")
         for parameter in parameters:
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                raise self.problem(f"parameter {str(parameter)!r} takes any arguments; name each one, or take a list or dict")
+                raise self.problem(
+                    f"parameter {str(parameter)!r} takes any arguments; name each one, or take a list or dict"
+                )
 
     def _built_signature(self) -> Signature:
         try:
@@ -231,13 +248,16 @@ class Step(Definition[P, R]):
     def _checked_on_crash(self, on_crash: Any) -> OnCrash:
         if on_crash not in ("retry", "hold"):
             raise self.problem(f'on_crash= takes "retry" or "hold", got {on_crash!r}')
-        return on_crash  # type: ignore[no-any-return]  # one of the two literals
+        chosen: OnCrash = on_crash
+        return chosen
 
     def _checked_verify(self, verify: Any, transactional: bool) -> Callable[..., Any] | None:
         if verify is None:
             return None
         if transactional:
-            raise self.problem("a transaction needs no verify=: its effects and its record commit together or not at all")
+            raise self.problem(
+                "a transaction needs no verify=: its effects and its record commit together or not at all"
+            )
         function = verify.__func__ if isinstance(verify, staticmethod) else verify
         if not callable(function) or isinstance(function, Definition):
             raise self.problem(f"verify= takes a plain function of the step's parameters, got {verify!r}")
@@ -247,8 +267,11 @@ class Step(Definition[P, R]):
         try:
             inspect.signature(function).bind(*positional, **keywords)
         except TypeError as error:
-            raise self.problem(f"verify= is called with the arguments of the step and cannot take them: {error}") from None
-        return function  # type: ignore[no-any-return]  # checked to be callable
+            raise self.problem(
+                f"verify= is called with the arguments of the step and cannot take them: {error}"
+            ) from None
+        checked: Callable[..., Any] = function
+        return checked
 
     def _checked_raises(self, raises: Any) -> tuple[type[Exception], ...]:
         classes = raises if isinstance(raises, tuple) else (raises,)
@@ -263,9 +286,11 @@ class Workflow(Definition[P, R]):
 
     sort = "workflow"
 
-    def __init__(self, decorated: Any, name: str | None = None, *, queue: str = "default", strict: bool = False) -> None:
+    def __init__(
+        self, decorated: Any, name: str | None = None, *, queue: str = "default", strict: bool = False
+    ) -> None:
         super().__init__(decorated, name)
-        if not isinstance(queue, str) or not queue.strip():
+        if not isinstance(cast("object", queue), str) or not queue.strip():
             raise self.problem(f"queue= takes the name of a queue, got {queue!r}")
         self.queue = queue
         self.strict = bool(strict)
@@ -361,7 +386,9 @@ def workflow(function: classmethod[T, P, R], /) -> Workflow[P, R]: ...
 @overload
 def workflow(function: Callable[P, R], /) -> Workflow[P, R]: ...
 @overload
-def workflow(*, name: str | None = None, queue: str = "default", strict: bool = False) -> _WorkflowDecorator: ...
+def workflow(
+    *, name: str | None = None, queue: str = "default", strict: bool = False
+) -> _WorkflowDecorator: ...
 def workflow(function: Any = None, /, **options: Any) -> Any:
     """Make a function a workflow: the deterministic plan of a run.
 
@@ -396,7 +423,9 @@ def _unwrapped(decorated: Any, sort: str) -> tuple[Any, bool]:
     """Return the plain function under `decorated`, and whether it is a class method."""
     function = decorated.__func__ if isinstance(decorated, staticmethod | classmethod) else decorated
     if isinstance(function, Definition):
-        raise ConfigError(f"{function.where}: {function.plain.__qualname__} is a {function.sort} already; it cannot be a {sort} too")
+        raise ConfigError(
+            f"{function.where}: {function.plain.__qualname__} is a {function.sort} already; it cannot be a {sort} too"
+        )
     if not inspect.isfunction(function):
         raise ConfigError(f"@{sort} decorates functions written with def or async def, not {function!r}")
     return function, isinstance(decorated, classmethod) or (

@@ -2,39 +2,63 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
-from types import FrameType
+from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
-_OURS = os.path.dirname(__file__) + os.sep
-_DEMO = os.path.join(_OURS, "demo") + os.sep
+_OURS = f"{Path(__file__).parent}{os.sep}"
+_DEMO = f"{_OURS}demo{os.sep}"
 _LIBRARIES = tuple(
-    {os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    {f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 )
 
 
-def calling_line() -> str:
-    """Return `file:line` of the code that called Stepwell, or a library that did."""
-    return _line_of(_outward(sys._getframe(1)))
+def calling_line(trace: TracebackType | None = None) -> str:
+    """Return `file:line` of the user's code that runs now, or that `trace` went through."""
+    if trace is None:
+        return _line_of((frame, frame.f_lineno) for frame in _outward(inspect.currentframe()))
+    return _line_of(reversed([(each.tb_frame, each.tb_lineno) for each in _inward(trace)]))
 
 
-def awaiting_line(coroutine: Any) -> str:
+def awaiting_line(awaitable: Any) -> str:
     """Return `file:line` of the await at which a suspended coroutine stands."""
-    return _line_of(reversed(list(_awaited(coroutine))))
+    frames = list(_awaited(awaitable))
+    return _line_of((frame, frame.f_lineno) for frame in reversed(frames)) if frames else calling_line()
 
 
-def importing() -> bool:
-    """Tell whether the code that runs is a module that is being imported."""
-    return any(frame.f_code.co_filename.startswith("<frozen importlib") for frame in _outward(sys._getframe(1)))
+def library_call(package: str) -> str | None:
+    """Return the function of a library that runs now as its caller knows it: ``asyncio.sleep``."""
+    called = None
+    for frame in _outward(inspect.currentframe()):
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.partition(".")[0] == package:
+            called = frame.f_code.co_qualname.partition(".")[0]
+        elif called is not None:
+            break
+    return f"{package}.{called.lower()}" if called else None
+
+
+def passes_through(files: tuple[str, ...]) -> bool:
+    """Tell whether the code that runs now was called through a file whose path contains one of `files`."""
+    return any(
+        part in frame.f_code.co_filename for frame in _outward(inspect.currentframe()) for part in files
+    )
 
 
 def _outward(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def _inward(trace: TracebackType | None) -> Iterator[TracebackType]:
+    while trace is not None:
+        yield trace
+        trace = trace.tb_next
 
 
 def _awaited(coroutine: Any) -> Iterator[FrameType]:
@@ -45,14 +69,14 @@ def _awaited(coroutine: Any) -> Iterator[FrameType]:
         coroutine = getattr(coroutine, "cr_await", None) or getattr(coroutine, "gi_yieldfrom", None)
 
 
-def _line_of(innermost_first: Iterable[FrameType]) -> str:
+def _line_of(innermost_first: Iterable[tuple[FrameType, int]]) -> str:
     """Return the innermost line of the user's own code, or the outermost one of anybody but us."""
     outermost = "an unknown place"
-    for frame in innermost_first:
+    for frame, line in innermost_first:
         file = frame.f_code.co_filename
         if file.startswith("<frozen ") or (file.startswith(_OURS) and not file.startswith(_DEMO)):
             continue
-        outermost = f"{file}:{frame.f_lineno}"
+        outermost = f"{file}:{line}"
         if not file.startswith(_LIBRARIES):
             return outermost
     return outermost

@@ -98,7 +98,11 @@ def _void_failures(standing: list[Record]) -> list[Record]:
     lasting = {
         record.path
         for record in standing
-        if (record.outcome != "failed" if record.n == 0 else record.path not in final and record.outcome != VOIDED)
+        if (
+            record.outcome != "failed"
+            if record.n == 0
+            else record.path not in final and record.outcome != VOIDED
+        )
     }
     voided = {path for path in failed if not any(_comes_after(other, path) for other in lasting)}
     return [_voided(record) if record.path in voided else record for record in standing]

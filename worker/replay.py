@@ -16,21 +16,22 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast
 from uuid import UUID
 
-from greenlet import getcurrent, greenlet
+from greenlet import GreenletExit, getcurrent, greenlet  # type: ignore[import-untyped]  # ships no types
 
 from outbox.codec import decode_fault, encode_fault, fingerprint
 from outbox.errors import HistoryMismatch, NotDeterministic, PayloadError, Suspended
 from worker import bodies
 from worker.calls import Call, SleepCall, StepCall
 from worker.context import current_drive
+from worker.cursor import Cursor, described, mismatch
 from worker.decisions import Block, Decision, DoStep, Drift, Fail, Finish, Sleep
 from worker.frames import awaiting_line, calling_line
-from worker.records import VOIDED, Path, Record, RunFacts, dotted, visible
+from worker.records import Path, Record, RunFacts, dotted, visible
 
 if TYPE_CHECKING:
     from worker.definitions import Step, Workflow
@@ -94,9 +95,7 @@ class Replay:
         "_calls",
         "_cursor",
         "_draws",
-        "_earlier",
         "_ended",
-        "_finals",
         "_guard",
         "_input",
         "_now",
@@ -124,16 +123,12 @@ class Replay:
         self._input = input
         self._guard = guard
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self._finals: list[Record] = []
-        self._earlier: dict[Path, list[Record]] = {}
-        if history:
-            self._take(history)
-        self._cursor = 0
+        self._cursor = Cursor(history)
         self._calls = 0
         self._draws = 0
         self._now = facts.created_at
         self._body: greenlet | None = None
-        self._pending: tuple[Path, str, str] | None = None
+        self._pending: tuple[Path, str] | None = None
         self._ended = False
         self._stop: BaseException | None = None
         self._verdict: Block | None = None
@@ -210,13 +205,13 @@ class Replay:
     def wait(self, awaitable: Awaitable[T]) -> T:
         """Perform the call behind an awaitable: a step's, a sleep's, or those of a coroutine that awaits them."""
         if isinstance(awaitable, Call):
-            return awaitable.perform()  # type: ignore[no-any-return]
+            return awaitable.perform()  # type: ignore[no-any-return]  # what is called says what it gives
         iterator = awaitable.__await__()
         try:
             yielded = next(iterator)
         except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
-        self._foreign(awaitable, yielded)
+            return stop.value  # type: ignore[no-any-return]  # a StopIteration carries Any
+        raise self._foreign(awaitable, yielded)
 
     def now(self) -> datetime:
         """Return the time of the last record delivered, before any that of the run's creation."""
@@ -248,11 +243,16 @@ class Replay:
         path = (self._calls,)
         arguments = step.signature.encode_arguments(args, kwargs, where=step.arguments_where)
         mark = fingerprint(arguments)
-        record = self._recorded(path, "step", step.name)
+        try:
+            record = self._cursor.final(path, "step", step.name)
+            if record is None:
+                decision = self._do_step(path, step, arguments, mark)
+            elif record.fingerprint != mark and record.fingerprint is not None:
+                self._drifted(Drift(path, step.name, record.fingerprint, mark))
+        except HistoryMismatch as mismatched:
+            self._block(mismatched)
         if record is None:
-            record = self._decide(path, "step", step.name, self._do_step(path, step, arguments, mark))
-        elif record.fingerprint != mark and record.fingerprint is not None:
-            self._drifted(path, step.name, record.fingerprint, mark)
+            record = self._decide(path, "step", decision)
         self._now = record.at
         if record.outcome == "completed":
             return self._decoded(step, record)
@@ -264,11 +264,14 @@ class Replay:
             self._refuse("sleep")
         self._calls += 1
         path = (self._calls,)
-        record = self._recorded(path, "sleep", "sleep")
+        try:
+            record = self._cursor.final(path, "sleep", "sleep")
+            if record is None:
+                self._cursor.executions(path, "sleep", "sleep")
+        except HistoryMismatch as mismatched:
+            self._block(mismatched)
         if record is None:
-            if self._earlier:
-                self._executions_at(path, "sleep", "sleep")
-            record = self._decide(path, "sleep", "sleep", Sleep(path, seconds, until))
+            record = self._decide(path, "sleep", Sleep(path, seconds, until))
         self._now = record.at
 
     # -- the body's greenlet
@@ -283,17 +286,19 @@ class Replay:
             if self._workflow.is_async:
                 result = self.wait(result)
             decision = self._returned(result)
-        except BaseException as error:  # noqa: BLE001 - user code: it must never take the worker down
+        except BaseException as error:  # user code: it must never take the worker down
             decision = self._raised(error)
         self._ended = True
+        if isinstance(self._stop, GreenletExit):  # the greenlet is going away, with its thread
+            raise self._stop
         return decision
 
     def _returned(self, result: Any) -> Decision | None:
         if self._stop is not None:
             return self._verdict
-        left = self._left_over()
+        left = self._cursor.left_over()
         if left is not None:
-            self.report(_mismatch(_described(left), "its end without that call"))
+            self.report(mismatch(described(left), "its end without that call"))
             return self._verdict
         return Finish(self._workflow.signature.encode_result(result, where=self._workflow.result_where))
 
@@ -302,13 +307,13 @@ class Replay:
             return self._verdict
         if isinstance(error, Exception):
             explained = self._guard.explain(error)
-            left = self._left_over()
+            left = self._cursor.left_over()
             if explained is None and left is None:
                 return Fail(encode_fault(error))
             if explained is not None:
                 error = NotDeterministic(explained)
             elif left is not None:
-                error = _mismatch(_described(left), f"its end without that call, by {type(error).__name__}: {error}")
+                error = mismatch(described(left), f"its end without that call, by {type(error).__qualname__}")
         self.report(error)
         return self._verdict
 
@@ -322,74 +327,30 @@ class Replay:
         assert decision is not None, "a body ended without a verdict although nobody has closed it"
         return decision
 
-    # -- history
-
-    def _take(self, history: Iterable[Record]) -> None:
-        """Sort the history into final outcomes, in order, and the executions before them, by path."""
-        for record in history:
-            if record.kind in ("run", "epoch"):
-                continue
-            if record.n == 0:
-                self._finals.append(record)
-            else:
-                self._earlier.setdefault(record.path, []).append(record)
-
-    def _recorded(self, path: Path, kind: str, name: str) -> Record | None:
-        """Return the next final record if it is for this call, or None if there is none left."""
-        if self._cursor == len(self._finals):
-            return None
-        record = self._finals[self._cursor]
-        if record.path != path or record.kind != kind or (kind == "step" and record.name != name):
-            self._mismatch(_described(record), f"{kind} {name} at {dotted(path)}")
-        self._cursor += 1
-        self._earlier.pop(path, None)
-        return record
-
-    def _executions_at(self, path: Path, kind: str, name: str) -> tuple[Record, ...]:
-        """Return the recorded executions of a call that has no final outcome."""
-        mine = self._earlier.pop(path, [])
-        fitting = tuple(each for each in mine if each.kind == kind and (kind != "step" or each.name == name))
-        strange = next((each for each in mine if each not in fitting and each.outcome != VOIDED), None)
-        if strange is not None:
-            self._mismatch(_described(strange), f"{kind} {name} at {dotted(path)}")
-        left = self._left_over()
-        if left is not None:
-            self._mismatch(_described(left), f"{kind} {name} at {dotted(path)}")
-        return fitting
-
-    def _left_over(self) -> Record | None:
-        """Return a record that the body has not called for."""
-        if self._cursor < len(self._finals):
-            return self._finals[self._cursor]
-        executions = (record for records in self._earlier.values() for record in records)
-        return next((record for record in executions if record.outcome != VOIDED), None)
-
-    def _drifted(self, path: Path, name: str, recorded: int, computed: int) -> None:
-        self.drifts.append(Drift(path, name, recorded, computed))
-        if self._workflow.strict:
-            self._mismatch(f"step {name} at {dotted(path)} with the recorded arguments", "other arguments")
-
     # -- what a call comes to
 
     def _do_step(self, path: Path, step: Step[Any, Any], arguments: str, mark: int) -> DoStep:
-        if not self._earlier:
-            return DoStep(path, step, arguments, mark, (), False)
-        earlier = self._executions_at(path, "step", step.name)
-        others = [each for each in earlier if each.fingerprint is not None and each.fingerprint != mark]
+        earlier = self._cursor.executions(path, "step", step.name)
+        others = [each.fingerprint for each in earlier if each.fingerprint not in (None, mark)]
         if others and self._workflow.strict:
-            self._mismatch(f"step {step.name} at {dotted(path)} with the recorded arguments", "other arguments")
+            raise _other_arguments(path, step.name)
         return DoStep(path, step, arguments, mark, earlier, bool(others))
 
-    def _decide(self, path: Path, kind: str, name: str, decision: Decision) -> Record:
+    def _drifted(self, drift: Drift) -> None:
+        self.drifts.append(drift)
+        if self._workflow.strict:
+            raise _other_arguments(drift.path, drift.name)
+
+    def _decide(self, path: Path, kind: str, decision: Decision) -> Record:
         """Switch away with a decision; what comes back is the record of the call."""
-        self._pending = (path, kind, name)
+        self._pending = (path, kind)
         record: Record = self._away(decision)  # deliver() hands over nothing else
         return record
 
     def _away(self, decision: Decision | None) -> Any:
         """Leave the body until it is resumed. An exception that comes instead ends it, so it stays ended."""
         try:
-            return self._body.parent.switch(decision)
+            return cast("greenlet", self._body).parent.switch(decision)
         except BaseException as error:
             if self._stop is None:
                 self._stop = error
@@ -399,68 +360,69 @@ class Replay:
         try:
             return step.signature.decode_result(record.value or "null", where=step.result_where)
         except PayloadError as error:
-            self._block("recorded result cannot be decoded", error)
+            misfit = HistoryMismatch(
+                f"{error}; the recorded value stands, so mend the annotation of {step.where}",
+                expected=str(step.signature.returns),
+                got="a recorded value of another type",
+            )
+            self._block(misfit, "recorded result cannot be decoded")
 
-    def _failure(self, step: Step[Any, Any], record: Record) -> BaseException:
+    def _failure(self, step: Step[Any, Any], record: Record) -> Exception:
         if record.outcome != "failed":
-            self._mismatch("a record that completed or failed", _described(record))
+            self._block(mismatch(described(record), "a call that can only complete or fail"))
         return decode_fault(record.error or {}, step.raises)
 
     # -- verdicts
 
-    def _mismatch(self, expected: str, got: str) -> NoReturn:
-        self._block("history mismatch", _mismatch(expected, got))
-
-    def _block(self, reason: str, error: BaseException) -> NoReturn:
+    def _block(self, error: BaseException, reason: str | None = None) -> NoReturn:
         """End the drive with Block. The body stands still until `close` throws into it."""
-        self._verdict = Block(reason, _fault(error))
-        self._stop = error if not isinstance(error, Exception) else HistoryMismatch(str(error))
+        self._stop = error
+        self._verdict = Block(reason or _reason(error), _fault(error))
         self._away(self._verdict)
-        raise self._stop
+        raise error
 
     def _refuse(self, name: str) -> NoReturn:
         """Refuse a call of a body that is past its verdict, or of code that only looks as if it were the body."""
         if getcurrent() is not self._body and not (self._body is None and self._stop is not None):
-            raise NotDeterministic(
+            violation = NotDeterministic(
                 f"{calling_line()}: {name} is called from another thread or greenlet than the body it belongs to; "
                 "a body does one thing after the other, so call it in the body itself"
             )
+            self.report(violation)
+            raise violation
         self._refusals += 1
         if self._refusals > _MAX_REFUSALS:
             getcurrent().parent.switch(self._verdict)  # never resumed: see close()
         assert self._stop is not None
         raise self._stop
 
-    def _foreign(self, awaitable: Any, yielded: Any) -> NoReturn:
-        """End a body that awaits what Stepwell does not know."""
+    def _foreign(self, awaitable: Any, yielded: Any) -> NotDeterministic:
+        """Unwind a coroutine that awaits what Stepwell does not know, and return what to raise."""
         violation = NotDeterministic(
             f"{awaiting_line(awaitable)}: the body of workflow {self._workflow.name!r} awaits {_named(yielded)}. "
             "A body is replayed, so it may await only steps and Stepwell's own sleep; move I/O into a @step"
         )
         self.report(violation)
         throw = getattr(awaitable, "throw", None)
-        for _ in range(_MAX_REFUSALS if throw is not None else 0):
+        if throw is None:
+            return violation
+        for _ in range(_MAX_REFUSALS):
             try:
                 throw(violation)
-            except BaseException:  # noqa: BLE001 - it unwinds in one way or another
-                raise violation from None
+            except BaseException:  # it unwinds in one way or another
+                return violation
         self._refusals = _MAX_REFUSALS
-        self._refuse("await")
+        return self._refuse("await")
 
     def _drawn(self) -> bytes:
         self._draws += 1
         return hashlib.blake2b(f"{self.facts.seed}:{self._draws}".encode(), digest_size=16).digest()
 
 
-def _mismatch(expected: str, got: str) -> HistoryMismatch:
-    return HistoryMismatch(
-        f"{calling_line()}: the history has {expected}, but the body came to {got}", expected=expected, got=got
+def _other_arguments(path: Path, name: str) -> HistoryMismatch:
+    return mismatch(
+        f"step {name} at {dotted(path)} with the recorded arguments", "that call with other arguments"
     )
-
-
-def _described(record: Record) -> str:
-    name = f" {record.name}" if record.kind == "step" else ""
-    return f"{record.kind}{name} at {dotted(record.path)} ({record.outcome})"
 
 
 def _named(yielded: Any) -> str:
@@ -479,7 +441,10 @@ def _reason(violation: BaseException) -> str:
 
 
 def _fault(error: BaseException) -> dict[str, Any]:
+    """Return the fault of a verdict. Ours name the line of the body; where in Stepwell we noticed helps nobody."""
     fault = encode_fault(error)
-    if isinstance(error, HistoryMismatch) and error.expected is not None:
+    if isinstance(error, HistoryMismatch | NotDeterministic):
+        fault.pop("trace", None)
+    if isinstance(error, HistoryMismatch):
         fault["data"] = {"expected": error.expected, "got": error.got}
     return fault

@@ -87,7 +87,9 @@ class RetryPolicy:
         try:
             if not isinstance(error, RetryAfter) and not self._on(state):
                 return Stop(f"{type(error).__name__} is not among the errors that are tried again")
-            state.upcoming_sleep = error.seconds if isinstance(error, RetryAfter) else _seconds(self._wait(state))
+            state.upcoming_sleep = (
+                error.seconds if isinstance(error, RetryAfter) else _seconds(self._wait(state))
+            )
             if self._stop(state):
                 return Stop(f"the policy allows no more after {_times(state.attempt_number)}")
         except Exception as broken:
@@ -119,7 +121,9 @@ def retrying(*, stop: Policy | None = None, wait: Policy | None = None, on: On =
     `RetryAfter(seconds)` is tried again whatever `on` says, as long as `stop` allows.
     """
     return RetryPolicy(
-        _checked("stop", stop, DEFAULT_STOP), _checked("wait", wait, DEFAULT_WAIT), _checked("on", _condition(on), None)
+        _checked("stop", stop, DEFAULT_STOP),
+        _checked("wait", wait, DEFAULT_WAIT),
+        _checked("on", _condition(on), None),
     )
 
 
@@ -136,7 +140,11 @@ def _checked(parameter: str, given: Policy | None, default: Policy | None) -> Po
     policy = default if given is None else given
     if isinstance(policy, async_retry_base):
         raise ConfigError(f"retrying({parameter}=…) takes a policy that is not async, got {policy!r}")
-    if not callable(policy) or isinstance(policy, type) or (parameter != "on" and isinstance(policy, retry_base)):
+    if (
+        not callable(policy)
+        or isinstance(policy, type)
+        or (parameter != "on" and isinstance(policy, retry_base))
+    ):
         raise ConfigError(f"retrying({parameter}=…) takes a tenacity {parameter} object, got {given!r}")
     return policy
 

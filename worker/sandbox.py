@@ -1,0 +1,211 @@
+"""What is switched off while a body is driven.
+
+A body is replayed, so whatever it does besides calling steps would be done again and might come out otherwise.
+Around every switch into a body, on the thread that drives it:
+
+- the running event loop and the current task are replaced by stand-ins whose every use raises NotDeterministic.
+  So `asyncio.sleep`, `timeout`, `create_task`, `gather`, `run_in_executor`, real I/O, and whatever else asks for
+  the loop, are caught at the call, and can neither schedule on the engine's loop nor cancel the engine's task;
+- async generators get hooks of their own, so that the engine's loop never closes the generators of a body;
+- an audit hook refuses network connections, processes, threads and `time.sleep`. It is installed once for the
+  process and looks at nothing unless a body is being driven on the thread that asks.
+
+What it cannot see: a C library that opens its own sockets, files, clocks, global state. `stepwell check` looks
+for those. A module that a body imports for the first time may do what modules do when they are imported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from asyncio.events import _get_running_loop, _set_running_loop
+from collections.abc import AsyncGenerator
+from threading import get_ident
+from typing import Any, NoReturn, cast
+
+from outbox.errors import NotDeterministic, Suspended
+from worker.context import Drive, current_drive
+from worker.frames import calling_line, library_call, passes_through
+
+_FORBIDDEN = frozenset(
+    {
+        "_thread.start_new_thread",
+        "os.exec",
+        "os.fork",
+        "os.forkpty",
+        "os.posix_spawn",
+        "os.spawn",
+        "os.system",
+        "pty.spawn",
+        "socket.__new__",
+        "socket.bind",
+        "socket.connect",
+        "socket.getaddrinfo",
+        "socket.gethostbyaddr",
+        "socket.gethostbyname",
+        "socket.getnameinfo",
+        "socket.sendmsg",
+        "socket.sendto",
+        "subprocess.Popen",
+        "time.sleep",
+    }
+)
+
+_HARMLESS = ("<frozen importlib", "logging/__init__.py")
+"""Where a body may get to the network or a thread without any effect on its outcome: imports and log handlers."""
+
+_INSTEAD = {
+    "asyncio.sleep": "await sleep(…) of Stepwell instead, which is durable",
+    "asyncio.timeout": "give the step a timeout: @step(timeout=…)",
+    "asyncio.timeout_at": "give the step a timeout: @step(timeout=…)",
+    "asyncio.wait_for": "give the step a timeout: @step(timeout=…)",
+    "time.sleep": "call sleep(…) of Stepwell instead, which is durable",
+}
+_OTHERWISE = "do it in a @step, whose result is recorded"
+
+_driving: set[int] = set()
+"""The threads that drive a body at this moment: all that the audit hook looks at in most cases."""
+
+
+class _StandIn:
+    """Stands where a body would find the loop or the task. Every use of it raises."""
+
+    __slots__ = ("_what",)
+
+    def __init__(self, what: str) -> None:
+        object.__setattr__(self, "_what", what)
+
+    def __getattribute__(self, name: str) -> Any:
+        _refuse_loop(self, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        _refuse_loop(self, name)
+
+    def __hash__(self) -> int:  # noqa: PLE0309 - it never returns
+        _refuse_loop(self, "__hash__")
+
+    def __eq__(self, other: object) -> bool:
+        _refuse_loop(self, "__eq__")
+
+    def __bool__(self) -> bool:  # noqa: PLE0304 - it never returns
+        _refuse_loop(self, "__bool__")
+
+    def __repr__(self) -> str:
+        return "<nothing: the body of a workflow has no event loop>"
+
+
+class _Refusing:
+    """The drive of what is closed outside of its body: no call is performed."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise Suspended("a generator that a body has dropped is being closed")
+
+
+_LOOP = cast("asyncio.AbstractEventLoop", _StandIn("the event loop"))
+_TASK = cast("asyncio.Task[Any]", _StandIn("the current task"))
+_REFUSING = cast("Drive", _Refusing())
+
+
+class Sandbox:
+    """The guard of one thread's drives: `Replay(…, guard=sandbox)`. Entering and leaving allocate nothing."""
+
+    __slots__ = ("_finalizer", "_firstiter")
+
+    def __init__(self) -> None:
+        _install_audit_hook()
+        self._firstiter: Any = None
+        self._finalizer: Any = None
+
+    def enter(self) -> asyncio.AbstractEventLoop | None:
+        """Switch off; the result is for `leave`."""
+        loop = _get_running_loop()
+        if loop is _LOOP:  # a body that drives a body, as a test may: all is off already
+            return loop
+        self._firstiter, self._finalizer = sys.get_asyncgen_hooks()
+        sys.set_asyncgen_hooks(None, _close_dropped)
+        _set_running_loop(_LOOP)
+        _hide_task()
+        _driving.add(get_ident())
+        return loop
+
+    def leave(self, before: asyncio.AbstractEventLoop | None) -> None:
+        """Switch on what was on."""
+        if before is _LOOP:
+            return
+        _driving.discard(get_ident())
+        _show_task()
+        _set_running_loop(before)
+        sys.set_asyncgen_hooks(self._firstiter, self._finalizer)
+
+    def explain(self, error: Exception) -> str | None:
+        """Say what the body did if asyncio itself has complained, as `asyncio.run` does, before it used the loop."""
+        last, trace = None, error.__traceback__
+        while trace is not None:
+            last, trace = trace, trace.tb_next
+        module = last.tb_frame.f_globals.get("__name__", "") if last is not None else ""
+        if not isinstance(error, RuntimeError) or module.partition(".")[0] != "asyncio":
+            return None
+        return _message(calling_line(error.__traceback__), f"asyncio ({error})", _OTHERWISE)
+
+
+if sys.version_info >= (3, 14):
+    from asyncio.tasks import _swap_current_task
+
+    # From 3.14 on the current task is kept beside the loop, not looked up by it, so it is swapped as well.
+    _hidden: dict[int, Any] = {}
+
+    def _hide_task() -> None:
+        _hidden[get_ident()] = _swap_current_task(_LOOP, _TASK)
+
+    def _show_task() -> None:
+        _swap_current_task(_LOOP, _hidden.pop(get_ident(), None))
+
+else:
+    # The current task is looked up by the loop, whose stand-in cannot be hashed.
+    def _hide_task() -> None: ...
+
+    def _show_task() -> None: ...
+
+
+def _refuse_loop(used: _StandIn, name: str) -> NoReturn:
+    what = library_call("asyncio")
+    _refuse(what or f"{object.__getattribute__(used, '_what')} ({name})")
+
+
+def _refuse(what: str) -> NoReturn:
+    violation = NotDeterministic(_message(calling_line(), what, _INSTEAD.get(what, _OTHERWISE)))
+    drive = current_drive.get()
+    if drive is not None:
+        drive.report(violation)
+    raise violation
+
+
+def _message(line: str, what: str, instead: str) -> str:
+    return f"{line}: the body of a workflow uses {what}, which a replay could not repeat; {instead}"
+
+
+def _close_dropped(generator: AsyncGenerator[Any, Any]) -> None:
+    """Close an async generator that nobody refers to any more, in whatever body happens to run."""
+    token = current_drive.set(_REFUSING)
+    try:
+        generator.aclose().send(None)
+    except (StopIteration, Exception, Suspended):  # noqa: S110 - nobody is left who could be told
+        pass
+    finally:
+        current_drive.reset(token)
+
+
+_hooked: list[bool] = []
+
+
+def _install_audit_hook() -> None:
+    if not _hooked:
+        _hooked.append(True)
+        sys.addaudithook(_audit)
+
+
+def _audit(event: str, _args: tuple[Any, ...]) -> None:
+    if not _driving or event not in _FORBIDDEN or get_ident() not in _driving:
+        return
+    if not passes_through(_HARMLESS):
+        _refuse(event)
