@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,6 +45,9 @@ def input_of_row(
     # __post_init__ and validators of the caller's classes run in here and may raise anything.
     except Exception as error:
         field, reason = finding_of(error)
+        # Every cell is a str; what matters is what it was to be read as.
+        reason = re.sub(r"^expected (`[aeiou].*), got `str`$", r"not an \1", reason)
+        reason = re.sub(r"^expected (`.*), got `str`$", r"not a \1", reason)
         raise fault(where, field.removeprefix(owner).lstrip("."), reason, "column") from error
     return {each.name: getattr(bound, each.name) for each in declared.fields}
 
