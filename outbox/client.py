@@ -1,0 +1,245 @@
+"""`Client`: a thin runner over the statements that `AsyncClient` carries out as well."""
+
+from __future__ import annotations
+
+import builtins
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from types import TracebackType
+from typing import Any, Self
+from uuid import UUID
+
+from typing_extensions import TypeVar
+
+from outbox import history, reasons, statements
+from outbox.handles import Run
+from outbox.history import HistoryRecord, RunInfo, TaskInfo
+from outbox.invocations import (
+    Target,
+    WorkflowLike,
+    any_needs_names,
+    batches,
+    checked_chunk,
+    chunks,
+    function_of,
+)
+from outbox.outcomes import outcome, pauses, timed_out
+from outbox.runners import Runner
+from outbox.settings import Settings
+from outbox.statements import Duration, Key, Options, key_text, run_uuid
+from outbox.transactions import Transaction
+
+R = TypeVar("R", default=Any)
+
+
+class Client:
+    """Enqueue runs, wait for them, read them. Safe for use by many threads; close it, or use it in a `with`.
+
+    Without `tx` every call is a transaction of its own, committed when it returns. With `tx` it joins that
+    transaction (a psycopg connection, or a SQLAlchemy connection or session) and never commits or rolls it back.
+
+    A connection is made at the first call that needs one. While the database cannot be reached, calls wait for it,
+    half a minute at most, and then raise psycopg.OperationalError. A call that may have been carried out when the
+    connection broke is repeated only where that is harmless: reads, `cancel`, and enqueueing with keys. Such a
+    repetition may find its own first attempt; `created` is False then.
+    """
+
+    def __init__(self, url: str | None = None, *, settings: Settings | None = None) -> None:
+        self._runner = Runner(url, settings)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections. Safe twice."""
+        self._runner.close()
+
+    def enqueue(
+        self,
+        workflow: WorkflowLike[R] | str,
+        /,
+        *args: Any,
+        key: Key | None = None,
+        queue: str | None = None,
+        priority: int = 5,
+        delay: Duration | None = None,
+        at: datetime | None = None,
+        labels: Mapping[str, Any] | None = None,
+        deadline: Duration | None = None,
+        lane: str | None = None,
+        tenant: str | None = None,
+        tx: Transaction | None = None,
+        **kwargs: Any,
+    ) -> Run[R]:
+        """Enqueue one run of `workflow` with these arguments.
+
+        By function, arguments are checked and encoded by its annotations. By name, one mapping is the whole input
+        (parameter name to value), keywords are parameters, and other positional arguments are named by what the
+        workers have published. A parameter that has the name of an option is passed by position or in the mapping.
+
+        `key`: a second run of this workflow with the same key is not created; the first one is returned and the
+        new arguments are ignored. `priority`: 0 first to 9 last. `delay` (seconds or a timedelta) or `at`: when to
+        start. `deadline`: how long after now the run fails with DeadlineExceeded.
+
+        Raises PayloadError for arguments that do not fit, ConfigError for options, SchemaError, UnknownWorkflow.
+        """
+        target = Target.of(workflow)
+        options = Options.of(
+            queue=target.queue if queue is None else queue,
+            priority=priority,
+            delay=delay,
+            at=at,
+            labels=labels,
+            deadline=deadline,
+            lane=lane,
+            tenant=tenant,
+        )
+        text_key = key_text(key)
+        if target.needs_names(args):
+            schema = self._runner.run(statements.workflow_schema(target.name), tx)
+            target = target.knowing(schema)
+        text = target.encode(args, kwargs, self._runner.settings.max_payload_bytes)
+        run, created = self._runner.run(statements.enqueue(target.name, text, text_key, options), tx)
+        return Run(run, created, target.name, self, function_of(workflow))
+
+    def enqueue_many(
+        self,
+        workflow: WorkflowLike[R] | str,
+        inputs: Iterable[Any],
+        *,
+        key: Callable[[Any], Key | None] | None = None,
+        queue: str | None = None,
+        priority: int = 5,
+        delay: Duration | None = None,
+        at: datetime | None = None,
+        labels: Mapping[str, Any] | None = None,
+        deadline: Duration | None = None,
+        lane: str | None = None,
+        tenant: str | None = None,
+        tx: Transaction | None = None,
+        chunk: int = 1000,
+    ) -> Iterator[Run[R]]:
+        """Enqueue a run for each item, any number of them, and yield the runs in their order.
+
+        Lazy: nothing is enqueued until the result is iterated. `chunk` items (or 8 MiB of them) go out in one round
+        trip, which without `tx` is one transaction. An item is the one argument of the workflow, or a tuple of its
+        arguments; by name it is the input (a mapping). `key` is called with each item.
+
+        Raises PayloadError for an item, naming its number; what was yielded before stays, the item's own chunk is
+        not sent.
+        """
+        target = Target.of(workflow)
+        options = Options.of(
+            queue=target.queue if queue is None else queue,
+            priority=priority,
+            delay=delay,
+            at=at,
+            labels=labels,
+            deadline=deadline,
+            lane=lane,
+            tenant=tenant,
+        )
+        return self._stream(
+            chunks(inputs, checked_chunk(chunk)),
+            target,
+            function=function_of(workflow),
+            key=key,
+            options=options,
+            tx=tx,
+        )
+
+    def get(self, run: UUID | str) -> RunInfo:
+        """Return one run. Raises RunNotFound."""
+        return self._runner.run(history.run_info(run_uuid(run)))
+
+    def list(
+        self,
+        workflow: str | None = None,
+        status: str | None = None,
+        limit: int = 100,
+        before: UUID | str | None = None,
+    ) -> builtins.list[RunInfo]:
+        """Return the newest runs first; `before` is the last id of the page before."""
+        return self._runner.run(
+            history.runs(workflow, status, limit, None if before is None else run_uuid(before))
+        )
+
+    def history(self, run: UUID | str) -> builtins.list[HistoryRecord]:
+        """Return what has happened in a run, in order; nothing for an unknown run."""
+        return self._runner.run(history.history(run_uuid(run)))
+
+    def tasks(self, run: UUID | str) -> builtins.list[TaskInfo]:
+        """Return what is left to do for a run; nothing for one that has ended."""
+        return self._runner.run(history.tasks(run_uuid(run)))
+
+    def why(self, run: UUID | str) -> str | None:
+        """Return the sentence that says why a run is not running; None if it runs or has ended well or badly.
+
+        Takes a second look after a beat when only that shows whether a worker is alive. Raises RunNotFound.
+        """
+        statement = reasons.situation(run_uuid(run))
+        first = self._runner.run(statement)
+        if not first.needs_second_look():
+            return reasons.explain(first)
+        time.sleep(self._runner.settings.beat_seconds * reasons.BEATS_BETWEEN_LOOKS)
+        return reasons.explain(self._runner.run(statement), first)
+
+    def result(
+        self, run: UUID | str, timeout: Duration | None = None, *, workflow: WorkflowLike[R] | None = None
+    ) -> R:
+        """Wait for the end of a run and return its result: plain JSON, or as `workflow` annotates it.
+
+        `timeout` in seconds; None waits for ever, 0 looks once. Raises RunFailed, RunCancelled, RunBlocked,
+        ResultTimeout, RunNotFound.
+        """
+        asked = run_uuid(run)
+        statement = outcome(asked)
+        for pause in pauses(timeout):
+            if (found := self._runner.run(statement)) is not None:
+                return found.value(workflow)
+            time.sleep(pause)
+        if (found := self._runner.run(statement)) is None:
+            raise timed_out(asked, timeout)
+        return found.value(workflow)
+
+    def cancel(self, run: UUID | str, *, tx: Transaction | None = None) -> bool:
+        """Ask for the end of a run; return whether it was open. An unknown run was not.
+
+        A run that waits ends within moments, one that executes a step at the end of that step.
+        """
+        return self._runner.run(statements.cancel(run_uuid(run)), tx)
+
+    def retry(self, run: UUID | str) -> int:
+        """Open a failed, cancelled or blocked run again and return its new epoch.
+
+        What completed stays completed. Raises RunConflict when it is open or has succeeded, RunNotFound. Needs the
+        rights of stepwell_worker.
+        """
+        return self._runner.run(statements.retry(run_uuid(run)))
+
+    def _stream(
+        self,
+        chunked: Iterator[Sequence[Any]],
+        target: Target,
+        *,
+        function: WorkflowLike[R] | None,
+        key: Callable[[Any], Key | None] | None,
+        options: Options,
+        tx: Transaction | None,
+    ) -> Iterator[Run[R]]:
+        number = 0
+        for items in chunked:
+            if target.published is None and any_needs_names(target, items):
+                schema = self._runner.run(statements.workflow_schema(target.name), tx)
+                target = target.knowing(schema)
+            for batch in batches(target, items, number, key, self._runner.settings.max_payload_bytes):
+                statement = statements.enqueue_many(target.name, batch.texts, batch.keys, options)
+                for run, created in self._runner.run(statement, tx):
+                    yield Run(run, created, target.name, self, function)
+            number += len(items)

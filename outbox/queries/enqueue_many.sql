@@ -1,0 +1,18 @@
+-- Purpose: enqueue one run for each input, in the transaction that is open; one (id, created) for each, in
+--   the order of the inputs.
+-- Index: primary key of keys (workflow, key), inside the function.
+-- Locks: the new key rows, in the order of the keys. No row of a claimant (I15).
+-- The id goes as text, because a caller's connection may have loaders of its own for uuid.
+select e.id::text, e.created
+from stepwell.enqueue_many(
+    workflow => %(workflow)s::text,
+    inputs   => %(inputs)s::json[],
+    keys     => %(keys)s::text[],
+    queue    => %(queue)s::text,
+    priority => %(priority)s::int,
+    delay    => make_interval(secs => %(delay)s::float8),
+    at       => %(at)s::timestamptz,
+    lane     => %(lane)s::text,
+    tenant   => %(tenant)s::text,
+    labels   => %(labels)s::jsonb,
+    deadline => make_interval(secs => %(deadline)s::float8)) e;
