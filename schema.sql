@@ -501,7 +501,7 @@ create function stepwell.claim_v1(
 returns table (
     task bigint, run_id uuid, kind text, name text, attempt int, "position" int, doing int[], wakeups int, seq int,
     interrupted boolean, interruptions int, cancelling boolean, turn bigint, grp int,
-    due_in float8, waited float8, deadline_in float8, now timestamptz,
+    due_in float8, waited float8, deadline_in float8, running_for float8, now timestamptz,
     epoch int, created_at timestamptz, version text, labels text, input text)
     language plpgsql
     set search_path = pg_catalog, stepwell, pg_temp
@@ -571,7 +571,8 @@ begin
                extract(epoch from t.due_at - clock_timestamp())::float8,
                case when t.attempt = 1 or t.due_at is not null
                     then extract(epoch from clock_timestamp() - coalesce(t.due_at, r.created_at))::float8 end,
-               extract(epoch from r.deadline_at - clock_timestamp())::float8, clock_timestamp(),
+               extract(epoch from r.deadline_at - clock_timestamp())::float8,
+               extract(epoch from clock_timestamp() - t.started_at)::float8, clock_timestamp(),
                r.epoch, r.created_at, r.version, r.labels::text, r.input::text
         from unnest(ids) i
         join tasks t on t.id = i
@@ -683,8 +684,10 @@ begin
         seq = t.seq + x.records,
         doing = case when x.then = 'release' then t.doing else x.doing end,
         interrupted = t.interrupted and x.then = 'release',
-        interruptions = case when x.then = 'release' or x.doing = t.doing then t.interruptions else 0 end,
-        solo_deaths = case when x.then = 'release' or x.doing = t.doing then t.solo_deaths else 0 end,
+        interruptions = case when x.then = 'release' or x.doing is not distinct from t.doing
+                                  or (t.doing is null and t.interrupted) then t.interruptions else 0 end,
+        solo_deaths = case when x.then = 'release' or x.doing is not distinct from t.doing
+                                or (t.doing is null and t.interrupted) then t.solo_deaths else 0 end,
         claimed_by = case when x.then = 'move' then me end,
         state = case when x.then = 'move' then 'claimed'
                      when x.then = 'park' and t.wakeups = x.wakeups and not t.cancelling then 'waiting'

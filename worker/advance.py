@@ -1,0 +1,409 @@
+"""Advance one claimed run: drive its body, execute what it decides, commit, until it parks or ends.
+
+One `Advance` for each claim, in one task of the engine. It reads as a loop over `Turn`s: a decision of the
+body with the records that must be durable before it is acted upon (I7). Nothing here decides whether the claim
+still stands: each write carries the fence, and the first that is refused ends the advance, silently for the
+run, counted for the operator.
+
+Executions are counted by what is recorded. One that was interrupted is recorded by the next claimant, in the
+flush before it acts: `claim.interrupted` says that the last claim died, `doing` which call it was at. `doing` is
+empty for a first call, whose step starts without a flush of its own; only a step with `verify` or `hold` is
+moved to before it starts, because for those it matters whether it had started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, assert_never
+
+import msgspec
+
+from outbox.codec import encode_fault
+from outbox.errors import HistoryMismatch
+from outbox.settings import Settings
+from worker import metrics
+from worker.claims import Claim
+from worker.committer import Committer, Receipt
+from worker.context import StepInfo
+from worker.decisions import Block, Decision, DoStep, Sleep
+from worker.definitions import Workflow
+from worker.execution import Answered, Call, CutShort, Executor, NotDone, Outcome, Raised, TimedOut, uncancel
+from worker.records import Record, dotted, visible
+from worker.replay import Guard, Replay
+from worker.retries import Retry, failures_of
+from worker.transactions import (
+    Committed,
+    Documents,
+    EndedByStep,
+    Lost,
+    Refused,
+    Repeat,
+    Transactions,
+    Uncertain,
+)
+from worker.transitions import Verdict, Writing, encode, verdict_of
+from worker.turns import Cancel, Park, Recorded, Release, Standing, Turn
+
+logger = logging.getLogger(__name__)
+
+HELD_WAIT_SECONDS = 1.0
+"""A retry that waits longer than this holds no slot: the run parks."""
+BUSY_THREAD_SECONDS = 1.0
+"""How long a call waits whose abandoned thread still lives in this process."""
+MAX_REPEATS = 20
+REPEAT_SECONDS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What every advance of one process shares. `leaving` tells whether runs are to be given back."""
+
+    committer: Committer
+    executor: Executor
+    transactions: Transactions
+    settings: Settings
+    guard: Guard
+    leaving: Callable[[], bool]
+
+
+class Advance:
+    """One claim of one run. `history` is the run's whole recorded history; `parked` tells how it came out."""
+
+    def __init__(
+        self, claim: Claim, workflow: Workflow[..., Any], history: list[Record], means: Means, claimed_at: float
+    ) -> None:
+        self.claim = claim
+        self.parked = False
+        self._workflow = workflow
+        self._means = means
+        self._standing = Standing(claim, history, claimed_at)
+        self._replay: Replay | None = None
+        self._repeats = 0
+        self._task: asyncio.Task[Any] | None = None
+        self._interruptible = False
+
+    # -- for the engine
+
+    async def run(self) -> None:
+        """Advance until the run parks, ends, or the claim is lost."""
+        self._task = asyncio.current_task()
+        try:
+            turn: Turn | None = self._opening()
+            while turn is not None:
+                turn = await self._take(turn)
+        finally:
+            self._close_replay()
+
+    def cut(self) -> None:
+        """End the execution or wait that is under way; it is recorded as interrupted, and the run released."""
+        if self._interruptible and self._task is not None:
+            self._task.cancel()
+
+    # -- the loop
+
+    def _opening(self) -> Turn:
+        if self.claim.cancelling:
+            return Turn(Cancel())
+        return Turn(self._standing.deadline_passed() or self._driven())
+
+    def _driven(self) -> Decision:
+        """Drive a new body through what is recorded."""
+        self._close_replay()
+        history = self._standing.history
+        try:
+            applying = visible(history) if history else []
+        except HistoryMismatch as mismatch:
+            return Block("history mismatch", encode_fault(mismatch))
+        self._replay = Replay(
+            self._workflow, self.claim.input, self._standing.facts, applying, guard=self._means.guard
+        )
+        return self._replay.start()
+
+    async def _take(self, turn: Turn) -> Turn | None:
+        """Write what the turn needs to be durable, then act on it; None when this claim is over."""
+        if not turn.written:
+            turn = self._prepared(turn)
+            writing = self._writing(turn)
+            if writing is not None:
+                after = self._judged(await self._means.committer.commit(writing), turn, writing)
+                if after is not turn:
+                    return after
+        if isinstance(turn.decision, DoStep):
+            return await self._execute(turn.decision, turn.wait_seconds)
+        return None
+
+    def _judged(self, receipt: Receipt, turn: Turn, writing: Writing) -> Turn | None:
+        """Return the same turn when it was applied and can be acted upon, else what to do instead."""
+        if receipt.refused is not None:
+            return Turn(_refused(receipt.refused))
+        if receipt.verdict is Verdict.FENCED:
+            self._lost()
+            return None
+        self._standing.applied(turn, writing)
+        if writing.end is not None:
+            metrics.RUN_SECONDS.labels(self.claim.name).observe(self._standing.seconds())
+        self.parked = writing.transition.then == "park"
+        if writing.transition.then != "move":
+            return None
+        if receipt.cancelling:
+            return Turn(Cancel())
+        return Turn(Release()) if self._means.leaving() else turn
+
+    def _lost(self) -> None:
+        metrics.FENCED.inc()
+        logger.warning("a claim was lost; its write was refused", extra={"run_id": str(self.claim.run_id)})
+
+    # -- before a turn is written
+
+    def _prepared(self, turn: Turn) -> Turn:
+        """Return the turn with what was not the body's to decide: interruptions, holds, waits that are over."""
+        while isinstance(turn.decision, Sleep):
+            turn = self._prepared_sleep(turn.decision, turn.records)
+        return self._prepared_step(turn.decision, turn) if isinstance(turn.decision, DoStep) else turn
+
+    def _prepared_step(self, step: DoStep, turn: Turn) -> Turn:
+        standing, records = self._standing, turn.records
+        here = standing.doing == step.path
+        if standing.interrupted and (here or (standing.doing is None and not _is_careful(step))):
+            standing.interrupted = False
+            recorded = standing.record_interruption(step)
+            records = (*records, recorded)
+            step = _with_earlier(step, recorded.record)
+        executions = standing.executions(step)
+        if executions and executions[-1].outcome == "interrupted" and step.step.on_crash == "hold":
+            return Turn(_held(step), records)
+        due_in = standing.due_in(step.path)
+        if due_in is not None and due_in > 0 and not records:
+            return Turn(Park(step.path, standing.cut_by_deadline(due_in)))
+        return Turn(step, records, turn.wait_seconds)
+
+    def _prepared_sleep(self, sleep: Sleep, records: tuple[Recorded, ...]) -> Turn:
+        standing = self._standing
+        left = standing.due_in(sleep.path)
+        if left is None:
+            left = (sleep.until - standing.now()).total_seconds() if sleep.until is not None else sleep.seconds or 0.0
+        if left <= 0:
+            recorded = standing.record_sleep(sleep.path)
+            return Turn(self._delivered(recorded), (*records, recorded))
+        remaining = standing.remaining()
+        if sleep.until is not None and (remaining is None or left < remaining):
+            return Turn(Park(sleep.path, None, sleep.until), records)
+        return Turn(Park(sleep.path, standing.cut_by_deadline(left)), records)
+
+    def _writing(self, turn: Turn) -> Writing | None:
+        starts_unwritten = isinstance(turn.decision, DoStep) and not _is_careful(turn.decision)
+        return self._standing.writing(turn, starts_unwritten=starts_unwritten)
+
+    # -- executing
+
+    async def _execute(self, step: DoStep, wait_seconds: float) -> Turn | None:
+        self._interruptible = True
+        try:
+            if wait_seconds:
+                await asyncio.sleep(wait_seconds)
+            instead = self._instead_of(step)
+            if instead is not None:
+                return instead
+            started = time.monotonic()
+            try:
+                if step.step.transaction is not None:
+                    return await self._execute_transaction(step)
+                return self._after(step, await self._outcome(step))
+            finally:
+                metrics.STEP_SECONDS.labels(step.step.name).observe(time.monotonic() - started)
+        except asyncio.CancelledError:
+            if not uncancel():
+                raise
+            return Turn(Release())  # it waited for its turn: nothing had started
+        finally:
+            self._interruptible = False
+
+    def _instead_of(self, step: DoStep) -> Turn | None:
+        """Return what has to be done instead of executing a step now."""
+        if self._means.leaving():
+            return Turn(Release())
+        if self._means.executor.is_abandoned(self.claim.run_id, step.path):
+            return Turn(Park(step.path, BUSY_THREAD_SECONDS))
+        passed = self._standing.deadline_passed()
+        return None if passed is None else Turn(passed)
+
+    async def _outcome(self, step: DoStep) -> Outcome:
+        call, timeout = self._call(step), self._timeout(step)
+        if step.step.verify is not None and step.earlier:
+            verified = await self._means.executor.verify(call, timeout)
+            if not isinstance(verified, NotDone):
+                return verified
+        return await self._means.executor.execute(call, timeout)
+
+    def _call(self, step: DoStep) -> Call:
+        standing = self._standing
+        info = StepInfo(
+            run_id=self.claim.run_id,
+            path=step.path,
+            execution=len(step.earlier) + 1,
+            idempotency_key=standing.idempotency_key(step.path),
+            fence=standing.fence,
+        )
+        return Call(step.step, step.arguments, standing.facts, info, self._means.settings.max_payload_bytes)
+
+    def _timeout(self, step: DoStep) -> float | None:
+        timeout, remaining = step.step.timeout, self._standing.remaining()
+        if timeout is None or remaining is None:
+            return remaining if timeout is None else timeout
+        return min(timeout, remaining)
+
+    # -- after an execution
+
+    def _after(self, step: DoStep, outcome: Outcome) -> Turn:
+        match outcome:
+            case Answered(value):
+                recorded = self._standing.record_step(step, 0, "completed", value=value)
+                return Turn(self._delivered(recorded), (recorded,))
+            case Raised(error, final):
+                return self._failed(step, error, final=final)
+            case TimedOut():
+                return self._timed_out(step)
+            case CutShort():
+                return Turn(Release(), (self._standing.record_interruption(step),))
+            case _:
+                assert_never(outcome)
+
+    def _timed_out(self, step: DoStep) -> Turn:
+        passed = self._standing.deadline_passed()
+        if passed is not None:
+            return Turn(passed, (self._standing.record_interruption(step),))
+        if step.step.on_crash == "hold":
+            return Turn(_held(step), (self._standing.record_interruption(step),))
+        return self._failed(step, TimeoutError(f"no answer within {step.step.timeout or 0:g} s"), interrupted=True)
+
+    def _failed(self, step: DoStep, error: BaseException, *, final: bool = False, interrupted: bool = False) -> Turn:
+        """Judge a failure by the step's policy: deliver it, or try again here or later.
+
+        A time-out is an interruption that the policy counts.
+        """
+        standing = self._standing
+        fault = {"type": "TimeoutError", "message": str(error)} if interrupted else encode_fault(error, step.step.raises)
+        executions = standing.executions(step)
+        outcome = "interrupted" if interrupted else "failed"
+        failed = standing.record_step(step, len(executions) + 1, outcome, error=fault)
+        verdict = None
+        if step.step.retry is not None and not final:
+            verdict = step.step.retry.decide(failures_of([*executions, failed.record]), error)
+        if not isinstance(verdict, Retry):
+            recorded = standing.record_step(step, 0, "failed", error=fault)
+            return Turn(self._delivered(recorded), (recorded,))
+        wait = verdict.seconds
+        if self._means.executor.is_abandoned(self.claim.run_id, step.path):
+            wait = max(wait, HELD_WAIT_SECONDS + BUSY_THREAD_SECONDS)
+        if wait > HELD_WAIT_SECONDS:
+            return Turn(Park(step.path, standing.cut_by_deadline(wait)), (failed,))
+        return Turn(_with_earlier(step, failed.record), (failed,), wait_seconds=wait)
+
+    # -- transactional steps
+
+    async def _execute_transaction(self, step: DoStep) -> Turn | None:
+        concluded: list[tuple[Turn, Writing]] = []
+
+        def conclude(value: Any) -> Documents:
+            recorded = self._standing.record_step(step, 0, "completed", value=call.encoded(value))
+            turn = self._prepared(Turn(self._delivered(recorded), (recorded,)))
+            writing = self._writing(turn)
+            assert writing is not None  # noqa: S101 - it has a record
+            concluded.append((turn, writing))
+            return encode([writing])
+
+        call = self._call(step)
+        outcome = await self._means.transactions.execute(call, self._timeout(step), conclude)
+        if isinstance(outcome, Uncertain):
+            outcome = await self._resolved(step)
+        if isinstance(outcome, Committed):
+            turn, writing = concluded[0]
+            after = self._judged(Receipt(*verdict_of(outcome.code)), turn, writing)
+            return turn._replace(written=True) if after is turn else after
+        if concluded:
+            self._driven()  # the body has gone on with a value that is not recorded
+        match outcome:
+            case Raised() | TimedOut() | CutShort():
+                return self._after(step, outcome)
+            case Repeat(error):
+                return self._repeated(step, error)
+            case Lost():
+                self._lost()
+                return None
+            case EndedByStep():
+                return Turn(
+                    _blocked("the step ended its transaction", "TransactionEnded", _ENDED.format(step.step.name))
+                )
+            case Refused(message):
+                return Turn(_refused(message))
+            case _:
+                assert_never(outcome)
+
+    async def _resolved(self, step: DoStep) -> Committed | Repeat | Lost:
+        """Find out whether a COMMIT took place whose answer was lost: a flush that only bumps the position tells."""
+        turn = Turn(step)
+        probe = self._standing.move(turn, step.path)
+        receipt = await self._means.committer.commit(probe)
+        if receipt.verdict is Verdict.ALREADY:
+            return Committed(Verdict.ALREADY.value + 4 * receipt.cancelling)
+        if receipt.verdict is Verdict.FENCED:
+            return Lost()
+        self._standing.applied(turn, probe)
+        return Repeat(ConnectionError("the connection was lost at COMMIT"))
+
+    def _repeated(self, step: DoStep, error: BaseException) -> Turn:
+        """Execute again what was rolled back for a reason that is not the step's."""
+        self._repeats += 1
+        if self._repeats > MAX_REPEATS:
+            return self._failed(step, error)
+        logger.info("a transactional step is repeated: %s", error, extra={"run_id": str(self.claim.run_id)})
+        return Turn(step, wait_seconds=min(HELD_WAIT_SECONDS, REPEAT_SECONDS * self._repeats), written=True)
+
+    # -- the body
+
+    def _delivered(self, recorded: Recorded) -> Decision:
+        assert self._replay is not None  # noqa: S101 - it made the decision that is recorded
+        return self._replay.deliver(recorded.record)
+
+    def _close_replay(self) -> None:
+        if self._replay is not None:
+            if self._replay.drifts:
+                metrics.DRIFT.inc(len(self._replay.drifts))
+            self._replay.close()
+            self._replay = None
+
+
+_ENDED = (
+    "step {} ended the transaction that it was given (a COMMIT or ROLLBACK of its own), so its writes could not be "
+    "bound to its completion; look at what it wrote, remove the statement, then retry the run"
+)
+
+
+def _is_careful(step: DoStep) -> bool:
+    """Tell whether it matters that the step had started."""
+    return step.step.verify is not None or step.step.on_crash == "hold"
+
+
+def _with_earlier(step: DoStep, record: Record) -> DoStep:
+    return msgspec.structs.replace(step, earlier=(*step.earlier, record))
+
+
+def _held(step: DoStep) -> Block:
+    return _blocked(
+        "held after an interruption",
+        "Held",
+        f"step {step.step.name} at {dotted(step.path)} was interrupted and may have taken effect; "
+        "find out, then retry the run to execute it again",
+    )
+
+
+def _refused(message: str) -> Block:
+    return _blocked("the database refuses the data", "DataRefused", message)
+
+
+def _blocked(reason: str, type_: str, message: str) -> Block:
+    return Block(reason, {"type": type_, "message": message})

@@ -1,0 +1,220 @@
+"""The claimant's side of the protocol: claim, look idle, read histories, audit.
+
+One `Claimant` for each process, over one connection that only the engine's claim loop and the caretaker use,
+one statement at a time. It guarantees that what it returns was committed as claimed by this worker. It does not
+guarantee that the claim still stands when the caller acts on it: every write is fenced (see `worker.committer`).
+
+When the connection breaks, the statement under way is repeated on a new one. A claim that had been committed
+while its answer was lost then belongs to this worker without it knowing; the audit finds such strays.
+When the database says that this worker is dead (SQLSTATE SW003), `DeclaredDead` ends the process: its
+supervisor starts a fresh one, which registers anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import msgspec
+import psycopg
+from psycopg import AsyncConnection
+
+from outbox.database import retry_connecting_async
+from worker.queries import load
+from worker.records import Record
+
+GROUPS = 20
+"""Ten priorities, each resumed work before fresh work."""
+FLOOR_SECONDS = 1.0
+"""How long a lower bound on `turn` is believed: a slow committer may have drawn an earlier one."""
+HISTORY_RUNS = 100
+"""Histories read in one statement."""
+
+Connect = Callable[[], Awaitable[AsyncConnection[Any]]]
+
+
+class DeclaredDead(Exception):
+    """The database holds this worker for dead: whatever it still does is fenced."""
+
+
+class Claim(NamedTuple):
+    """One claimed task, as `claim_v1` answers it, with its run where it is a run's own task.
+
+    `due_in`, `waited` and `deadline_in` are seconds relative to `now`, the database's clock at the claim.
+    """
+
+    task: int
+    run_id: UUID
+    kind: str
+    name: str
+    attempt: int
+    position: int
+    doing: list[int] | None
+    wakeups: int
+    seq: int
+    interrupted: bool
+    interruptions: int
+    cancelling: bool
+    turn: int
+    group: int
+    due_in: float | None
+    waited: float | None
+    deadline_in: float | None
+    running_for: float
+    now: datetime
+    epoch: int
+    created_at: datetime
+    version: str
+    labels: str | None
+    input: str
+
+
+class Stray(NamedTuple):
+    """A claim that the database knows of."""
+
+    task: int
+    attempt: int
+    position: int
+    run_id: UUID
+
+
+class _Floors:
+    """For each queue the turns below which everything is claimed, forgotten once a second."""
+
+    def __init__(self) -> None:
+        self._floors: dict[str, list[int]] = {}
+        self._forget_at = 0.0
+
+    def of(self, queue: str) -> list[int]:
+        moment = time.monotonic()
+        if moment >= self._forget_at:
+            self._floors.clear()
+            self._forget_at = moment + FLOOR_SECONDS
+        return self._floors.setdefault(queue, [0] * GROUPS)
+
+    def raise_to(self, queue: str, claims: Iterable[Claim]) -> None:
+        floors = self._floors.get(queue)
+        if floors is not None:
+            for claim in claims:
+                if claim.kind != "wake" and claim.turn >= floors[claim.group]:
+                    floors[claim.group] = claim.turn + 1
+
+
+class Claimant:
+    """Claims for one worker. `connect` opens a connection in autocommit mode."""
+
+    def __init__(self, connect: Connect, worker_id: int) -> None:
+        self.worker_id = worker_id
+        self._connect = connect
+        self._connection: AsyncConnection[Any] | None = None
+        self._lock = asyncio.Lock()
+        self._floors = _Floors()
+        self.connections = 0
+
+    @property
+    def connected(self) -> bool:
+        """Tell whether the last statement found its connection alive."""
+        return self._connection is not None and not self._connection.broken
+
+    async def close(self) -> None:
+        """Close the connection; safe twice."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
+
+    async def register(
+        self, *, supervisor: int | None, host: str, pid: int, release: str, queues: list[str], names: list[str]
+    ) -> None:
+        """Insert the worker's row; from here on it may claim."""
+        await self._run("register", (self.worker_id, supervisor, host, pid, release, queues, names))
+
+    async def publish(self, workflows: Iterable[tuple[str, str, str, str]]) -> None:
+        """Publish (name, version, input schema as JSON, queue) of each workflow."""
+        for workflow in sorted(workflows):
+            await self._run("publish_workflow", workflow)
+
+    async def unregister(self) -> None:
+        """Delete the worker's row, unless it still holds claims."""
+        await self._run("unregister", {"me": self.worker_id})
+
+    async def claim(self, queue: str, known: list[str], at_most: int, *, alone: bool = False) -> list[Claim]:
+        """Claim up to `at_most` tasks of `queue` whose names are `known`, and all wakes; or one suspect, alone.
+
+        Raises DeclaredDead.
+        """
+        floors = self._floors.of(queue)
+        rows = await self._run("claim", (self.worker_id, queue, known, at_most, floors, alone))
+        claims = [Claim(*row) for row in rows]
+        self._floors.raise_to(queue, claims)
+        return claims
+
+    async def idle(self, queues: list[str], lease_seconds: float) -> None:
+        """Ask producers of these queues to ring for so long."""
+        await self._run("idle", (self.worker_id, queues, lease_seconds))
+
+    async def histories(self, run_ids: Sequence[UUID]) -> dict[UUID, list[Record]]:
+        """Return the whole history of each run, in order of seq."""
+        found: dict[UUID, list[Record]] = {run_id: [] for run_id in run_ids}
+        for start in range(0, len(run_ids), HISTORY_RUNS):
+            for row in await self._run("history", (list(run_ids[start : start + HISTORY_RUNS]),)):
+                found[row[0]].append(record_of(row[1:]))
+        return found
+
+    async def audit(self) -> list[Stray]:
+        """Return every claim that the database says this worker holds."""
+        return [Stray(*row) for row in await self._run("audit", (self.worker_id,))]
+
+    async def promote(self, at_most: int) -> tuple[int, float | None]:
+        """Ready what is due; return how many, and in how many seconds the next is due."""
+        promoted, next_in = (await self._run("promote", (at_most,)))[0]
+        return promoted, next_in
+
+    async def shelve(self, queue: str, at_most: int) -> int:
+        """Set ready tasks aside that no live worker of the queue knows; return how many."""
+        return int((await self._run("shelve", (queue, at_most)))[0][0])
+
+    async def unshelve(self, queues: list[str], known: list[str], at_most: int) -> int:
+        """Ready what was set aside and is known here; return how many."""
+        return int((await self._run("unshelve", (queues, known, at_most)))[0][0])
+
+    async def suspects(self, queues: list[str], known: list[str]) -> bool:
+        """Tell whether a suspect waits here to be tried alone."""
+        return bool((await self._run("suspects", (queues, known)))[0][0])
+
+    async def _run(self, name: str, parameters: Sequence[Any] | dict[str, Any]) -> list[tuple[Any, ...]]:
+        """Execute one statement and return its rows, on a new connection as often as it takes."""
+        statement = load(name)
+
+        async def once() -> list[tuple[Any, ...]]:
+            connection = await self._connected()
+            cursor = await connection.execute(statement, parameters, prepare=True, binary=True)
+            return await cursor.fetchall() if cursor.description else []
+
+        async with self._lock:
+            try:
+                return await retry_connecting_async(once, give_up_after_seconds=None)
+            except psycopg.errors.Error as error:
+                if error.sqlstate == "SW003":
+                    raise DeclaredDead(str(error)) from error
+                raise
+
+    async def _connected(self) -> AsyncConnection[Any]:
+        if self._connection is None or self._connection.closed:
+            self._connection = await self._connect()
+            self.connections += 1
+        return self._connection
+
+
+def record_of(row: Sequence[Any]) -> Record:
+    """Return the record in a row of history.sql, without its run id."""
+    path, n, kind, name, outcome, value, error, fingerprint, at, seq, epoch = row
+    return Record(
+        path=tuple(path), n=n, kind=kind, name=name, outcome=outcome, value=value,
+        error=None if error is None else msgspec.json.decode(error),
+        fingerprint=fingerprint, at=at, seq=seq, epoch=epoch,
+    )  # fmt: skip
+

@@ -1,0 +1,342 @@
+"""One worker process at work: claim → drive → execute → commit.
+
+Tasks of one event loop, no threads that wait:
+
+- *claiming* takes as many tasks as there are free slots (I2), starts an `Advance` for each, and looks idle when
+  there is nothing: producers then ring (I1), and a lost ring costs one poll;
+- *committing* is `worker.committer`;
+- *listening* turns a ring into a wake-up of the claim loop;
+- *caring* is `worker.caretaker`: due timers, audit, names that nobody knows.
+
+It guarantees what the claims and the fence guarantee, and that a stop leaves nothing behind that the next claimant
+would not find. `drain` stops claiming, gives runs back at their next step, lets executions end up to the grace
+time and cuts the rest short; `stop` ends at once and leaves everything to the obituary. Losing the database ends
+nothing: statements and flushes are repeated on new connections. The one thing that ends an engine by itself is
+the database's word that its worker is dead (`DeclaredDead`).
+
+A suspect, a task that two workers died of, is taken when nothing else is in flight: see `_quarantine`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from psycopg import AsyncConnection
+
+from outbox import database
+from outbox.settings import Settings
+from worker import metrics
+from worker.advance import Advance, Means
+from worker.caretaker import Caretaker
+from worker.claims import Claim, Claimant, DeclaredDead
+from worker.committer import Committer
+from worker.doorbell import Doorbell
+from worker.execution import Executor
+from worker.registry import Registry
+from worker.sandbox import Sandbox
+from worker.transactions import Transactions
+from worker.transitions import Transition, Writing
+from worker.vitals import Vitals
+
+logger = logging.getLogger(__name__)
+
+CANCEL_SECONDS = 1.0
+"""How often a worker without a free slot looks for cancellations."""
+QUARANTINE_SECONDS = 30.0
+"""How long a worker tries to get everything out of its hands before it gives up on a suspect."""
+CUT_SECONDS = 2.0
+"""How long executions that were cut short have to come back."""
+
+
+class Engine:
+    """The engine of worker `worker_id` on `queues`. `run` it once, in a running event loop."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        settings: Settings,
+        *,
+        url: str,
+        worker_id: int,
+        supervisor_id: int | None = None,
+        queues: Sequence[str] = ("default",),
+        release: str = "",
+    ) -> None:
+        self.worker_id = worker_id
+        self._registry = registry
+        self._settings = settings
+        self._url = url
+        self._supervisor_id = supervisor_id
+        self._queues = list(queues)
+        self._release = release
+        self._names = sorted(registry.workflows)
+        self._flying: dict[int, Advance] = {}
+        self._starting: set[int] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._draining = False
+        self._claiming = False
+        self._alone = False
+        self._dead: DeclaredDead | None = None
+        self._turns = 0
+        self._rotation = 0
+        self._claimant = Claimant(self._connect, worker_id)
+        self._committer = Committer(
+            self._connect, worker_id, max_rows=settings.flush_max_rows, max_bytes=settings.flush_max_bytes
+        )
+        self._executor = Executor(settings.threads)
+        self._transactions = Transactions(url, worker_id, settings.connections, self._executor)
+        self._doorbell = Doorbell(self._connect, self._queues, self._rung)
+        self._caretaker = Caretaker(
+            self._claimant, self._committer, self._queues, self._names, self._held, self._changed.set
+        )
+        self._means = Means(
+            self._committer, self._executor, self._transactions, settings, Sandbox(),
+            leaving=lambda: self._draining or self._alone,
+        )  # fmt: skip
+
+    # -- lifecycle
+
+    async def run(self) -> None:
+        """Register, claim and execute until drained or stopped. Raises DeclaredDead."""
+        background = [
+            asyncio.create_task(part(), name=name)
+            for name, part in (
+                ("committer", self._committer.run),
+                ("doorbell", self._doorbell.run),
+            )
+        ]
+        try:
+            await self._register()
+            background.append(asyncio.create_task(self._caretaker.run(), name="caretaker"))
+            background.append(asyncio.create_task(self._measure_lag(), name="lag"))
+            self._claiming = True
+            await self._until_failure(self._claim_until_drained(), background)
+            self._claiming = False
+            await self._until_failure(self._drained(), background)
+            await self._claimant.unregister()
+        finally:
+            self._claiming = False
+            await self._dismantle(background)
+
+    def drain(self) -> None:
+        """Stop claiming; `run` returns when what is in flight has ended or the grace time is over."""
+        self._draining = True
+        self._changed.set()
+
+    def stop(self) -> None:
+        """End now: whatever is in flight is left to whoever reclaims it."""
+        self._draining = True
+        for task in self._tasks:
+            task.cancel()
+        self._flying.clear()
+        self._changed.set()
+
+    def vitals(self) -> Vitals:
+        """Return the counters that a beat carries to the supervisor."""
+        return Vitals(
+            loop=self._turns,
+            flushes=self._committer.flushes,
+            pending=self._committer.pending,
+            connected=self._claimant.connected,
+            claiming=self._claiming and not self._draining,
+            in_flight=len(self._flying),
+        )
+
+    async def _register(self) -> None:
+        await self._claimant.publish(
+            (w.name, w.version, msgspec.json.encode(w.signature.json_schema()).decode(), w.queue)
+            for w in self._registry.workflows.values()
+        )
+        await self._claimant.register(
+            supervisor=self._supervisor_id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            release=self._release,
+            queues=self._queues,
+            names=self._names,
+        )
+
+    async def _until_failure(self, work: Any, background: Sequence[asyncio.Task[Any]]) -> None:
+        """Await `work`, or the first background part that fails: none of them ends by itself."""
+        main = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({main, *background}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (main, *background):
+                if task.done():
+                    task.result()
+        finally:
+            main.cancel()
+
+    async def _dismantle(self, background: Sequence[asyncio.Task[Any]]) -> None:
+        for task in (*background, *self._tasks):
+            task.cancel()
+        await asyncio.gather(*background, *self._tasks, return_exceptions=True)
+        self._executor.close()
+        for part in (self._transactions, self._doorbell, self._claimant, self._committer):
+            await part.close()
+
+    async def _connect(self) -> AsyncConnection[Any]:
+        return await database.connect_async(self._url, application_name=f"stepwell {self.worker_id}")
+
+    # -- claiming
+
+    async def _claim_until_drained(self) -> None:
+        while not self._draining:
+            if await self.run_once() == 0:
+                await self._idle()
+
+    async def run_once(self) -> int:
+        """Claim once from each queue, as far as there are free slots; return how many tasks were claimed."""
+        claimed = 0
+        for turn in range(len(self._queues)):
+            queue = self._queues[(self._rotation + turn) % len(self._queues)]
+            free = self._settings.concurrency - len(self._flying)
+            self._changed.clear()
+            claims = await self._claimant.claim(queue, self._names, max(0, free))
+            await self._start(claims)
+            claimed += len(claims)
+        self._rotation += 1
+        self._turns += 1
+        if self._caretaker.suspects and not self._draining:
+            await self._quarantine()
+        return claimed
+
+    async def _idle(self) -> None:
+        """Wait for a slot, a ring or the next poll; with free slots, ask producers to ring."""
+        if len(self._flying) >= self._settings.concurrency:
+            await self._wait(CANCEL_SECONDS)
+            return
+        await self._claimant.idle(self._queues, self._settings.doorbell_seconds)
+        if await self.run_once() == 0 and not self._draining:  # what came before the lease was seen
+            await self._wait(self._settings.poll_seconds)
+
+    async def _wait(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self._changed.wait(), seconds)
+        except TimeoutError:
+            pass
+
+    async def _start(self, claims: Sequence[Claim]) -> None:
+        if not claims:
+            return
+        now = time.monotonic()
+        metrics.CLAIMS.inc(len(claims))
+        # Held from here on, or the audit would take them for strays while their histories are read.
+        self._starting = {claim.task for claim in claims}
+        runs = [claim for claim in claims if claim.kind == "run"]
+        known = [claim.run_id for claim in runs if claim.seq > 0]
+        histories = await self._claimant.histories(known) if known else {}
+        for claim in runs:
+            if claim.waited is not None:
+                metrics.CLAIM_WAIT.observe(max(0.0, claim.waited))
+            advance = Advance(
+                claim, self._registry.workflows[claim.name], histories.get(claim.run_id, []), self._means, now
+            )
+            self._flying[claim.task] = advance
+            self._spawn(self._advance(advance))
+        for claim in claims:
+            if claim.kind == "wake":
+                self._spawn(self._wake(claim))
+        self._starting = set()
+        self._count_slots()
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _advance(self, advance: Advance) -> None:
+        try:
+            await advance.run()
+        except Exception:
+            # The run stays claimed; the audit will find the stray and release it.
+            logger.exception("an advance failed", extra={"run_id": str(advance.claim.run_id)})
+        finally:
+            if self._flying.get(advance.claim.task) is advance:
+                del self._flying[advance.claim.task]
+            if advance.parked:
+                self._caretaker.poke()
+            self._changed.set()
+
+    async def _wake(self, claim: Claim) -> None:
+        await self._committer.commit(
+            Writing(
+                Transition(
+                    task=claim.task, attempt=claim.attempt, position=claim.position, run_id=claim.run_id,
+                    epoch=claim.epoch or 0, then="wake", wakeups=0,
+                )
+            )
+        )  # fmt: skip
+
+    def _rung(self) -> None:
+        self._changed.set()
+        self._caretaker.poke()  # what was enqueued may have a delay
+
+    def _held(self) -> set[int]:
+        return self._starting | set(self._flying)
+
+    def _count_slots(self) -> None:
+        busy = len(self._flying)
+        metrics.SLOTS.labels("busy").set(busy)
+        metrics.SLOTS.labels("free").set(max(0, self._settings.concurrency - busy))
+
+    # -- alone with a suspect
+
+    async def _quarantine(self) -> None:
+        """Give everything back, take one suspect, and do nothing else until it is done.
+
+        If it kills this process, nothing else was in flight: what dies alone often enough is the poison, and its
+        neighbours never are.
+        """
+        self._caretaker.suspects = False
+        self._alone = True
+        try:
+            if not await self._emptied(time.monotonic() + QUARANTINE_SECONDS):
+                return
+            for queue in self._queues:
+                claims = await self._claimant.claim(queue, self._names, 0, alone=True)
+                self._alone = False
+                await self._start(claims)
+                while self._flying and not self._draining:
+                    await self._wait(CANCEL_SECONDS)
+                self._alone = True
+        finally:
+            self._alone = False
+
+    async def _emptied(self, deadline: float) -> bool:
+        """Wait until nothing is in flight; tell whether that was before `deadline` (monotonic)."""
+        while self._flying:
+            self._changed.clear()
+            left = deadline - time.monotonic()
+            if left <= 0 or not self._flying:
+                break
+            await self._wait(left)
+        return not self._flying
+
+    # -- draining
+
+    async def _drained(self) -> None:
+        """Let executions end within the grace time, cut the rest short, and have everything written."""
+        if not await self._emptied(time.monotonic() + self._settings.grace_seconds):
+            logger.warning("%d executions are cut short, the grace time is over", len(self._flying))
+            for advance in list(self._flying.values()):
+                advance.cut()
+            await self._emptied(time.monotonic() + CUT_SECONDS)
+        while self._committer.pending:
+            await asyncio.sleep(0.01)
+
+    async def _measure_lag(self) -> None:
+        while True:
+            started = time.monotonic()
+            await asyncio.sleep(0.5)
+            metrics.LOOP_LAG.observe(max(0.0, time.monotonic() - started - 0.5))
+            self._turns += 1
+            self._count_slots()

@@ -1,0 +1,6 @@
+-- What the database says that this worker holds, with the fence of each claim.
+-- Index: tasks_claimed.
+-- Locks: none.
+select t.id, t.attempt, t.position, t.run_id
+from stepwell.tasks t
+where t.state = 'claimed' and t.claimed_by = %s

@@ -1,0 +1,7 @@
+-- The whole histories of some runs, in the order in which things happened.
+-- Index: outbox's primary key, by its first column.
+-- Locks: none.
+select o.run_id, o.path, o.n, o.kind, o.name, o.outcome, o.value::text, o.error::text, o.fingerprint, o.at, o.seq, o.epoch
+from stepwell.outbox o
+where o.run_id = any(%s)
+order by o.run_id, o.seq

@@ -1,0 +1,336 @@
+"""Transactional steps: the user's writes and the record of their completion commit together, or not at all.
+
+The worker opens a transaction and gives the step its connection or session. When the step has returned, the
+fenced completion (`commit_step_v1`) and COMMIT travel in one pipeline, so no task row stays locked while anything
+waits for this process. A transaction-local setting is the canary: if it is gone, the step has ended the
+transaction itself, nothing binds its writes to the record, and the run is blocked rather than silently wrong.
+
+SQLAlchemy sessions join the outer transaction through savepoints, so ``session.commit()`` and ``rollback()`` work
+and stay inside; a raw commit or rollback on a connection raises.
+
+What can go wrong, and what the caller learns: an error of the step (`Raised`, rolled back); a serialization
+failure or a connection lost before COMMIT was sent (`Repeat`, rolled back); the answer to COMMIT lost
+(`Uncertain`: a flush that only bumps the position tells); the claim lost (`Lost`, rolled back); the canary
+(`EndedByStep`); a completion that the database refuses (`Refused`, rolled back).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg_pool import AsyncConnectionPool, ConnectionPool
+from sqlalchemy import Engine, create_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
+
+from outbox import database
+from worker.context import executing
+from worker.execution import Call, CutShort, Executor, Raised, Returned, TimedOut, awaited, uninterrupted
+from worker.kinds import TransactionKind
+from worker.queries import load
+
+_CANARY = "select set_config('stepwell.canary', %s, true)"
+_AGAIN = ("40001", "40P01")
+_BAD_DATA = ("22", "23", "54")
+_DIALECT = "postgresql+psycopg://"
+
+
+class Committed(NamedTuple):
+    """The step's writes and its completion are durable. `code` is the answer of the flush."""
+
+    code: int
+
+
+class Repeat(NamedTuple):
+    """Nothing was written; the execution can be repeated."""
+
+    error: BaseException
+
+
+class Uncertain(NamedTuple):
+    """The answer to COMMIT was lost."""
+
+
+class Lost(NamedTuple):
+    """The claim was lost; nothing was written."""
+
+
+class EndedByStep(NamedTuple):
+    """The step ended the transaction that it was given."""
+
+
+class Refused(NamedTuple):
+    """The database refused the data of the completion; nothing was written."""
+
+    message: str
+
+
+TransactionOutcome = Committed | Raised | Repeat | Uncertain | Lost | EndedByStep | Refused | TimedOut | CutShort
+
+Documents = tuple[str, str, str]
+Conclude = Callable[[Any], Documents]
+"""Turns the step's value into the documents of its completion. Called once, in the engine's loop; may raise."""
+
+
+class Transactions:
+    """Runs transactional steps for one worker, over at most `limit` connections of each kind that is used."""
+
+    def __init__(self, url: str, worker_id: int, limit: int, executor: Executor) -> None:
+        self._worker_id = worker_id
+        self._executor = executor
+        self._free = asyncio.Semaphore(limit)
+        self._connections = _Connections(url, f"stepwell {worker_id}", limit)
+
+    async def execute(self, call: Call, timeout: float | None, conclude: Conclude) -> TransactionOutcome:
+        """Execute a transactional step, and commit it with what `conclude` makes of its value."""
+        kind = call.step.transaction
+        assert kind is not None  # noqa: S101 - the caller asks only transactional steps
+        async with self._free:
+            attempt = _Attempt(call, self._worker_id, conclude)
+            if kind.is_async:
+                answer = await self._in_loop(kind, attempt, timeout)
+            else:
+                answer = await self._in_thread(kind, attempt, timeout)
+        return attempt.outcome(answer.error) if isinstance(answer, Raised) else answer
+
+    async def close(self) -> None:
+        """Close every connection; safe twice."""
+        await self._connections.close()
+
+    async def _in_thread(self, kind: TransactionKind, attempt: _Attempt, timeout: float | None) -> Any:
+        loop = asyncio.get_running_loop()
+        self._connections.prepare(kind)
+
+        def concluded(value: Any) -> Documents:
+            async def conclude() -> Documents:
+                return attempt.concluded(value)
+
+            return asyncio.run_coroutine_threadsafe(conclude(), loop).result()
+
+        def work() -> Committed:
+            with self._connections.sync(kind, attempt.canary) as (driver, given):
+                args, kwargs = attempt.call.bound()
+                with _guarded(driver, _forbidden):
+                    value = attempt.call.step.function(given, *args, **kwargs)
+                    if isinstance(given, Session):
+                        given.commit()
+                documents = concluded(value)
+                with driver.pipeline():
+                    cursor = driver.execute(load("commit_step"), attempt.parameters(documents))
+                    driver.execute("commit")
+                return Committed(cursor.fetchone()[0])
+
+        answer = await self._executor.in_thread(attempt.call, work, timeout, lambda: attempt.concluding)
+        if isinstance(answer, Returned):
+            return answer.value
+        if isinstance(answer, TimedOut | CutShort):
+            attempt.abandoned = True
+        return answer
+
+    async def _in_loop(self, kind: TransactionKind, attempt: _Attempt, timeout: float | None) -> Any:
+        await self._connections.prepare_async(kind)
+        try:
+            async with self._connections.asynchronous(kind, attempt.canary) as (driver, given):
+                args, kwargs = attempt.call.bound()
+                with _guarded(driver, _forbidden_async), executing(attempt.call.facts, attempt.call.info):
+                    answer = await awaited(_called(attempt.call, given, args, kwargs), timeout)
+                if not isinstance(answer, Returned):
+                    await driver.rollback()
+                    return answer
+                documents = attempt.concluded(answer.value)
+                return await uninterrupted(_commit_async(driver, attempt, documents))
+        except Exception as error:  # noqa: BLE001 - judged by the caller
+            return Raised(error)
+
+
+class _Attempt:
+    """One execution of a transactional step, and how far it has come."""
+
+    def __init__(self, call: Call, worker_id: int, conclude: Conclude) -> None:
+        self.call = call
+        self.canary = secrets.token_hex(8)
+        self.concluding = False
+        self.abandoned = False
+        self._worker_id = worker_id
+        self._conclude = conclude
+
+    def concluded(self, value: Any) -> Documents:
+        """Return the documents of the completion. From here on only the database knows the outcome."""
+        if self.abandoned:
+            raise _AbandonedError
+        self.concluding = True
+        return self._conclude(value)
+
+    def parameters(self, documents: Documents) -> tuple[Any, ...]:
+        return (self._worker_id, *documents, self.canary)
+
+    def outcome(self, error: BaseException) -> TransactionOutcome:
+        """Judge what was raised, by the step, by the database, or on the way."""
+        original: Any = getattr(error, "orig", None) or error
+        state = getattr(original, "sqlstate", None) or ""
+        if database.is_disconnect(error):
+            return Uncertain() if self.concluding else Repeat(error)
+        if state in _AGAIN:
+            return Repeat(error)
+        if state == "SW001":
+            return Lost()
+        if state == "SW002":
+            return EndedByStep()
+        if state[:2] in _BAD_DATA and "flush_v1" in (original.diag.context or ""):
+            return Refused(f"{original.diag.message_primary} (SQLSTATE {state})")
+        return Raised(error, final=self.concluding and not state)
+
+
+class _AbandonedError(Exception):
+    """The step answered after it had been given up."""
+
+
+class _Connections:
+    """What the six kinds of connections and sessions come from, each made at its first use."""
+
+    def __init__(self, url: str, name: str, limit: int) -> None:
+        self._url, self._name, self._limit = url, name, limit
+        self._pool: ConnectionPool[Any] | None = None
+        self._async_pool: AsyncConnectionPool[Any] | None = None
+        self._engine: Engine | None = None
+        self._async_engine: AsyncEngine | None = None
+
+    def prepare(self, kind: TransactionKind) -> None:
+        """Make the source of a kind that is used from threads."""
+        if kind is TransactionKind.PSYCOPG:
+            if self._pool is None:
+                self._pool = database.pool(
+                    self._url, application_name=self._name, max_size=self._limit, autocommit=False, json_as_text=False
+                )
+                self._pool.open()
+        elif self._engine is None:
+            self._engine = create_engine(
+                _DIALECT, creator=self._connect, pool_size=self._limit, max_overflow=0, pool_pre_ping=True
+            )
+
+    async def prepare_async(self, kind: TransactionKind) -> None:
+        """Make the source of a kind that is used in the loop."""
+        if kind is TransactionKind.PSYCOPG_ASYNC:
+            if self._async_pool is None:
+                self._async_pool = database.async_pool(
+                    self._url, application_name=self._name, max_size=self._limit, autocommit=False, json_as_text=False
+                )
+                await self._async_pool.open()
+        elif self._async_engine is None:
+            self._async_engine = create_async_engine(
+                _DIALECT, async_creator=self._connect_async, pool_size=self._limit, max_overflow=0, pool_pre_ping=True
+            )
+
+    @contextmanager
+    def sync(self, kind: TransactionKind, canary: str) -> Iterator[tuple[Any, Any]]:
+        """Open a transaction; yield the driver's connection and what the step is given."""
+        if kind is TransactionKind.PSYCOPG:
+            assert self._pool is not None  # noqa: S101 - prepared
+            with self._pool.connection() as connection, _rolled_back(connection):
+                connection.execute(_CANARY, (canary,))
+                yield connection, connection
+            return
+        assert self._engine is not None  # noqa: S101 - prepared
+        with self._engine.connect() as connection:
+            connection.exec_driver_sql(_CANARY, (canary,))
+            driver: Any = connection.connection.driver_connection
+            with _rolled_back(driver):
+                if kind is TransactionKind.SQLALCHEMY_CONNECTION:
+                    yield driver, connection
+                else:
+                    with Session(connection, join_transaction_mode="create_savepoint") as session:
+                        yield driver, session
+
+    @asynccontextmanager
+    async def asynchronous(self, kind: TransactionKind, canary: str) -> AsyncIterator[tuple[Any, Any]]:
+        """Open a transaction; yield the driver's connection and what the step is given."""
+        async with AsyncExitStack() as stack:
+            given: Any
+            if kind is TransactionKind.PSYCOPG_ASYNC:
+                assert self._async_pool is not None  # noqa: S101 - prepared
+                driver = given = await stack.enter_async_context(self._async_pool.connection())
+                await driver.execute(_CANARY, (canary,))
+            else:
+                assert self._async_engine is not None  # noqa: S101 - prepared
+                given = await stack.enter_async_context(self._async_engine.connect())
+                await given.exec_driver_sql(_CANARY, (canary,))
+                driver = (await given.get_raw_connection()).driver_connection
+            try:
+                if kind is TransactionKind.SQLALCHEMY_ASYNC_SESSION:
+                    async with AsyncSession(given, join_transaction_mode="create_savepoint") as session:
+                        yield driver, session
+                else:
+                    yield driver, given
+            except BaseException:
+                if not driver.closed:
+                    await driver.rollback()
+                raise
+
+    async def close(self) -> None:
+        if self._pool is not None:
+            await asyncio.to_thread(self._pool.close)
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.dispose)
+        if self._async_pool is not None:
+            await self._async_pool.close()
+        if self._async_engine is not None:
+            await self._async_engine.dispose()
+
+    def _connect(self) -> psycopg.Connection[Any]:
+        return database.connect(self._url, application_name=self._name, autocommit=False, json_as_text=False)
+
+    async def _connect_async(self) -> psycopg.AsyncConnection[Any]:
+        return await database.connect_async(
+            self._url, application_name=self._name, autocommit=False, json_as_text=False
+        )
+
+
+async def _called(call: Call, given: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    value = await call.step.function(given, *args, **kwargs)
+    if isinstance(given, AsyncSession):
+        await given.commit()
+    return value
+
+
+async def _commit_async(driver: Any, attempt: _Attempt, documents: Documents) -> Committed:
+    async with driver.pipeline():
+        cursor = await driver.execute(load("commit_step"), attempt.parameters(documents))
+        await driver.execute("commit")
+    return Committed((await cursor.fetchone())[0])
+
+
+@contextmanager
+def _rolled_back(driver: Any) -> Iterator[None]:
+    """Roll back on an error: SQLAlchemy does not when a raw commit was refused on the way."""
+    try:
+        yield
+    except BaseException:
+        if not driver.closed:
+            driver.rollback()
+        raise
+
+
+@contextmanager
+def _guarded(driver: Any, forbidden: Callable[..., Any]) -> Iterator[None]:
+    """Make raw commits and rollbacks of the driver's connection raise, whoever calls them."""
+    driver.commit = driver.rollback = forbidden
+    try:
+        yield
+    finally:
+        del driver.commit, driver.rollback
+
+
+def _forbidden(*_: Any, **__: Any) -> None:
+    raise RuntimeError(
+        "the transaction of a step belongs to Stepwell, which commits it together with the step's completion: "
+        "do not commit or roll it back; raise an exception to roll back, or use a savepoint"
+    )
+
+
+async def _forbidden_async(*_: Any, **__: Any) -> None:
+    _forbidden()
