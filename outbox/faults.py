@@ -55,8 +55,7 @@ def decode_fault(fault: Mapping[str, Any], raises: tuple[type[BaseException], ..
         if qualified_name(cls) == type_ and issubclass(cls, Exception) and has_encodable_form(cls):
             try:
                 return _rebuilt(cls, data)
-            # from_payload and __init__ are the user's; whatever they raise, the fault itself must not be lost.
-            except Exception as failure:
+            except Exception as failure:  # noqa: BLE001 - the user's from_payload; the fault must not be lost
                 logger.warning("fault not rebuilt", extra={"type": type_, "reason": str(failure)})
     return StepFailed(type_, message, data)
 
@@ -93,8 +92,7 @@ def _data_of(error: BaseException, *, warn: bool) -> Any:
         else:
             return None
         return decode(encode(data, where=where, max_bytes=_MAX_DATA_BYTES), where=where)
-    # to_payload is the user's and may raise anything.
-    except Exception as failure:
+    except Exception as failure:  # noqa: BLE001 - the user's to_payload
         if warn:
             logger.warning("data of an error not recorded", extra={"type": where, "reason": str(failure)})
         return None
@@ -120,8 +118,7 @@ def _message_of(error: BaseException) -> str:
         return _text(
             str(error) or (repr(error) if hasattr(error, "__dataclass_fields__") else ""), _MAX_MESSAGE
         )
-    # __str__ is the user's; an error that cannot say what it is still has a type.
-    except Exception:
+    except Exception:  # noqa: BLE001 - the user's __str__; an error that cannot say what it is still has a type
         return ""
 
 
