@@ -41,7 +41,7 @@ def encode(value: Any, *, where: str, max_bytes: int = DEFAULT_MAX_BYTES) -> str
         raw = _ENCODER.encode(value) if _is_clean(value) else _encode_with_care(value, where)
     except PayloadError:
         raise
-    except Exception as error:  # noqa: BLE001 - the caller's own classes run in here: serializers, properties
+    except Exception as error:  # the caller's own classes run in here: serializers, properties
         raise _fault_in(value, where, error) or _unexplained(where, error) from error
     if len(raw) > max_bytes:
         raise _too_large(value, where, len(raw), max_bytes)
@@ -64,7 +64,7 @@ def read(decoder: msgspec.json.Decoder[Any], text: str | bytes, where: str) -> A
     """Return the value of JSON `text` by `decoder`; raises PayloadError naming the field."""
     try:
         value = decoder.decode(text)
-    except Exception as error:  # noqa: BLE001 - the caller's own classes run in here: __post_init__, validators
+    except Exception as error:  # the caller's own classes run in here: __post_init__, validators
         raise fault(where, *finding_of(error)) from error
     if _NUL in (text if isinstance(text, str) else text.decode()) and (
         found := _fault_in(_ANY.decode(text), where)

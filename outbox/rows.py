@@ -42,7 +42,7 @@ def input_of_row(
         given = _cells(declared.fields, row, where)
     try:
         bound = msgspec.convert(given, parameters, strict=False, dec_hook=from_json)
-    except Exception as error:  # noqa: BLE001 - the caller's own classes run in here: __post_init__, validators
+    except Exception as error:  # the caller's own classes run in here: __post_init__, validators
         field, reason = finding_of(error)
         # Every cell is a str; what matters is what it was to be read as.
         reason = re.sub(r"^expected (`[aeiou].*), got `str`$", r"not an \1", reason)
