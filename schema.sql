@@ -302,9 +302,9 @@ begin
         loop
             insert into keys (workflow, key, run_id)
             select distinct on (k.key) enqueue_many.workflow, k.key, k.id
-            from unnest(enqueue_many.keys, ids) as k (key, id)
+            from unnest(enqueue_many.keys, ids) with ordinality as k (key, id, i)
             where k.key is not null
-            order by k.key
+            order by k.key, k.i                                -- of a key given twice the first input counts
             on conflict do nothing;
             -- A statement of its own: it sees what the insert had to wait for.
             select array_agg(case when n.key is null then n.id else k.run_id end order by n.i) into owners
