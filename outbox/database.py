@@ -42,6 +42,7 @@ CONNECT_TIMEOUT_SECONDS = 5
 PREPARE_AFTER = 5  # psycopg's own default; None for a pooler that shuffles sessions between transactions
 FIRST_WAIT_SECONDS = 0.05
 LONGEST_WAIT_SECONDS = 2.0
+LINGER_SECONDS = 1.0
 
 _DEFAULTS: dict[str, Any] = {
     "client_encoding": "UTF8",
@@ -117,11 +118,17 @@ class EmbeddedPostgres:
 
     def start(self, timeout_seconds: float = 60.0) -> str:
         """Have the server accept connections and return its URL; raise ConfigError if it will not."""
-        deadline = time.monotonic() + timeout_seconds
-        server = embedded.Server(self.data_dir, embedded.binaries(self._version))
+        self._server = embedded.Server(self.data_dir, embedded.binaries(self._version))
+        try:
+            return self._start(self._server, time.monotonic() + timeout_seconds)
+        except BaseException:  # Ctrl-C too: nobody else would stop what was begun here
+            self.stop()
+            raise
+
+    def _start(self, server: embedded.Server, deadline: float) -> str:
         while True:
             self.started_here = server.start(deadline - time.monotonic()) or self.started_here
-            self._server, self._url = server, server.running_url()
+            self._url = server.running_url()
             try:
                 connect(self.url, application_name="stepwell start").close()
                 return self.url
@@ -142,13 +149,17 @@ class EmbeddedPostgres:
         self.started_here = False
 
     def _others_are_connected(self) -> bool:
+        """Tell whether anybody else stays connected; a session of our own needs a moment to end."""
+        deadline = time.monotonic() + LINGER_SECONDS
         try:
             with connect(self.url, application_name="stepwell stop") as connection:
-                row = connection.execute(load("count_other_clients")).fetchone()
-        except psycopg.Error as error:
+                while (row := connection.execute(load("count_other_clients")).fetchone()) and row[0] > 0:
+                    if time.monotonic() >= deadline:
+                        return True
+                    time.sleep(FIRST_WAIT_SECONDS)
+        except (psycopg.Error, ConfigError) as error:
             logger.warning("the embedded Postgres is stopped without knowing who uses it: %s", error)
-            return False
-        return row is not None and row[0] > 0
+        return False
 
     def __enter__(self) -> Self:
         self.start()

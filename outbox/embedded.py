@@ -175,7 +175,7 @@ class Server:
         with self._locked(time.monotonic() + timeout_seconds):
             if self._listening() is None:
                 return
-            arguments = ["-D", str(self.data), "-m", mode, "-w", "-t", str(int(timeout_seconds)), "stop"]
+            arguments = ["-D", self.data.name, "-m", mode, "-w", "-t", str(int(timeout_seconds)), "stop"]
             result = self._run("pg_ctl", arguments)
             if result.returncode != 0:
                 raise ConfigError(f"the Postgres in {self.data} did not stop: {_last_line(result.stdout)}")
@@ -278,8 +278,12 @@ class Server:
         self._disown_recycled_pid()
         log_start = self.log.stat().st_size if self.log.exists() else 0
         remaining = str(max(1, int(deadline - time.monotonic())))
-        arguments = ["-D", str(self.data), "-l", str(self.log), "-w", "-t", remaining]
-        result = self._run("pg_ctl", [*arguments, "-o", self._postgres_options(), "start"])
+        arguments = ["-D", self.data.name, "-l", f"{self.data.name}/{self.log.name}", "-w", "-t", remaining]
+        try:
+            result = self._run("pg_ctl", [*arguments, "-o", self._postgres_options(), "start"])
+        except BaseException:  # interrupted: nobody would stop the server that is on its way up
+            self._run("pg_ctl", ["-D", self.data.name, "-m", "immediate", "-w", "stop"])
+            raise
         if result.returncode == 0:
             return ""
         said = self._log_since(log_start)
@@ -365,7 +369,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                cwd=self.home,
+                cwd=self.home,  # paths are relative to it: pg_ctl does not quote what it hands to the shell
                 env=environment,
                 check=False,
                 user=account.pw_uid if account else None,

@@ -120,10 +120,8 @@ def _apply(connection: psycopg.Connection[Any], step: Migration, versions: Seque
 
 
 def _script(step: Migration, versions: Sequence[Migration]) -> str:
-    recorded = [
-        f"insert into stepwell.migrations (version, name) values ({one.version}, '{one.name}');"
-        for one in versions
-    ]
+    row = "insert into stepwell.migrations (version, name) values ({}, '{}');"
+    recorded = [row.format(one.version, one.name) for one in versions]
     primed = [load("prime_statistics") + ";"] if _is_whole(versions) else []
     return "\n".join([f"-- {_label(step)}", "begin;", step.sql, *recorded, *primed, "commit;", ""])
 

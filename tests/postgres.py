@@ -100,7 +100,7 @@ class Cluster:
 def running(version: int) -> Iterator[Cluster]:
     """Yield a started cluster of that major version, without a database of ours in it."""
     _remove_left_behind()
-    home = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=_parents()[0]))
+    home = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=places()[0]))
     home.chmod(0o755)  # the account that runs Postgres for root passes through
     cluster = Cluster(version, home)
     try:
@@ -136,7 +136,7 @@ def _major(bin_dir: Path) -> int:
     return int(match[1]) if match else 0
 
 
-def _parents() -> list[Path]:
+def places() -> list[Path]:
     """Return where clusters may live, best first; pytest's own directories are closed to other accounts."""
     memory, disk = Path("/dev/shm"), Path("/var/tmp")
     found = [disk if disk.is_dir() else Path(tempfile.gettempdir())]
@@ -152,7 +152,7 @@ def _parents() -> list[Path]:
 
 def _remove_left_behind() -> None:
     """Stop and delete clusters of test sessions whose process is gone."""
-    for home in itertools.chain.from_iterable(parent.glob(f"{PREFIX}*") for parent in _parents()):
+    for home in itertools.chain.from_iterable(parent.glob(f"{PREFIX}*") for parent in places()):
         match = re.fullmatch(rf"{PREFIX}(\d+)-.*", home.name)
         if match is None or home.stat().st_uid != os.geteuid() or _lives(int(match[1])):
             continue

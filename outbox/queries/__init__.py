@@ -24,7 +24,9 @@ def strip_header(name: str, text: str) -> str:
     start = next((at for at, line in enumerate(lines) if not line.startswith("--")), len(lines))
     header, statement = "\n".join(lines[:start]), "\n".join(lines[start:]).strip().rstrip(";")
     if "Index:" not in header or "Locks:" not in header:
-        raise ValueError(f"{name}.sql must begin with comments: its purpose, its Index: and its Locks: in order")
+        raise ValueError(
+            f"{name}.sql must begin with comments: its purpose, its Index: and its Locks: in order"
+        )
     if not statement:
         raise ValueError(f"{name}.sql holds no statement")
     return statement

@@ -233,7 +233,7 @@ async def test_a_newer_schema_serves_as_long_as_it_has_the_functions(
     await schema.check_async(adb, schema.CLAIMANT_FUNCTIONS)
     db.execute("alter function stepwell.claim_v1 rename to claim_v2")
     schema.check(db)
-    with pytest.raises(SchemaError, match="version 7 .* no claim_v1 any more"):
+    with pytest.raises(SchemaError, match=r"version 7 .* no claim_v1 any more"):
         schema.check(db, schema.CLAIMANT_FUNCTIONS)
 
 
