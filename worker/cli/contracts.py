@@ -1,0 +1,138 @@
+"""What a workflow takes: by the APP that defines it, by what workers have published, or unchecked.
+
+The command line checks names and inputs before anything is enqueued. SQL and Python's client by name do not:
+there an unknown name may be one that is deployed next.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+import psycopg
+
+from outbox.codec import decode, encode
+from outbox.errors import PayloadError, UnknownWorkflow
+from outbox.invocations import parameters_of
+from outbox.payloads import decoder_of, read
+from outbox.rows import input_of_row
+from worker.cli.schema_types import struct_of
+from worker.queries import load
+
+_SUGGESTIONS = 3
+_LISTED = 10
+
+
+class Rules(Protocol):
+    """What checks an input; `outbox.codec.Signature` is one."""
+
+    @property
+    def parameters(self) -> tuple[str, ...]: ...
+    def check_input(self, given: Mapping[str, Any] | str | bytes, *, where: str) -> None: ...
+    def decode_row(self, row: Mapping[str, str | None], *, where: str) -> dict[str, Any]: ...
+
+
+class Published:
+    """The rules of a workflow as its workers have published them: a JSON Schema."""
+
+    def __init__(self, schema: Mapping[str, Any]) -> None:
+        self._struct = struct_of(schema)
+        self.parameters = parameters_of(schema)
+
+    def check_input(self, given: Mapping[str, Any] | str | bytes, *, where: str) -> None:
+        """Raise PayloadError if the input does not fit."""
+        text = given if isinstance(given, str | bytes) else encode(given, where=where, max_bytes=sys.maxsize)
+        read(decoder_of(self._struct), text, where)
+
+    def decode_row(self, row: Mapping[str, str | None], *, where: str) -> dict[str, Any]:
+        """Return the input for one CSV row; what is left out is left to the worker's defaults."""
+        found = input_of_row(self._struct, row, where)
+        plain = {name: value for name, value in found.items() if value is not msgspec.UNSET}
+        return {name: msgspec.to_builtins(value) for name, value in plain.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """A workflow as far as the command line knows it. Without `rules` anything goes."""
+
+    name: str
+    queue: str | None = None
+    rules: Rules | None = None
+
+    def checked(self, given: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+        """Return an input object that fits. Raises PayloadError naming the field."""
+        if self.rules is not None:
+            self.rules.check_input(given, where=where)
+        return given
+
+    def of_cells(self, row: Mapping[str, str | None], where: str) -> dict[str, Any]:
+        """Return the input for one CSV row, whose text is read by the types that are wanted."""
+        return dict(row) if self.rules is None else self.rules.decode_row(row, where=where)
+
+    def of_object(self, row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+        """Return the input for one JSON row: the input object itself, or the one parameter of the workflow."""
+        if self.rules is None or len(self.rules.parameters) != 1 or self.rules.parameters[0] in row:
+            return self.checked(row, where)
+        try:
+            return self.checked({self.rules.parameters[0]: row}, where)
+        except PayloadError as error:
+            raise _without(self.rules.parameters[0], error, where) from None
+
+
+def contract_for(
+    workflow: str, connection: psycopg.Connection[Any], *, app: str | None, allow_unknown: bool
+) -> Contract:
+    """Return what is known of `workflow`. Raises UnknownWorkflow, with close matches, for an unknown one."""
+    known = _of_app(app) if app else _published(connection, allow_unknown)
+    if workflow in known:
+        return known[workflow]
+    if allow_unknown:
+        return Contract(workflow)
+    raise UnknownWorkflow(_unknown(workflow, sorted(known), app))
+
+
+def _of_app(app: str) -> dict[str, Contract]:
+    from worker.apps import load_app
+
+    workflows = load_app(app).workflows
+    return {name: Contract(name, found.queue, found.signature) for name, found in workflows.items()}
+
+
+def _published(connection: psycopg.Connection[Any], allow_unknown: bool) -> dict[str, Contract]:
+    try:
+        rows = connection.execute(load("cli_workflows")).fetchall()
+    except psycopg.errors.InsufficientPrivilege:
+        if allow_unknown:
+            return {}
+        raise UnknownWorkflow(
+            "this database role may not read what workflows there are: name the APP that defines it with --app, "
+            "or pass --allow-unknown"
+        ) from None
+    return {
+        name: Contract(name, queue, Published(decode(schema, dict[str, Any], where=f"schema of {name}")))
+        for name, queue, schema in rows
+    }
+
+
+def _unknown(workflow: str, known: list[str], app: str | None) -> str:
+    close = difflib.get_close_matches(workflow, known, n=_SUGGESTIONS)
+    source = f"{app} defines" if app else "workers have published"
+    if close:
+        hint = f"did you mean {' or '.join(close)}?"
+    elif not known:
+        hint = "start a worker that defines it, name its APP with --app, or pass --allow-unknown"
+    else:
+        listed = ", ".join(known[:_LISTED]) + (", …" if len(known) > _LISTED else "")
+        hint = f"{source} {listed}"
+    return f"no workflow is called {workflow!r}; {hint}"
+
+
+def _without(parameter: str, error: PayloadError, where: str) -> PayloadError:
+    """Return `error` of a row without the name of the parameter that the row was put under."""
+    field = error.field.removeprefix(parameter).lstrip(".")
+    reason = str(error).removeprefix(f"{where}, field {error.field}: ").removeprefix(f"{where}: ")
+    return PayloadError(f"{where}, field {field}: {reason}" if field else f"{where}: {reason}", field=field)
