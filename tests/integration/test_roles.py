@@ -264,6 +264,8 @@ def test_a_hostile_search_path_has_no_effect(producer: Member, db: Db) -> None:
 
     run = producer.one("select stepwell.enqueue('w', key => 'k')")
     assert producer.one("select stepwell.enqueue('w', key => 'k')") == run
+    many = "select id from stepwell.enqueue_many('w', array['{}']::pg_catalog.json[], keys => array['k'])"
+    assert producer.one(many) == run
     assert producer.one("select stepwell.cancel(%s)", run)
 
     assert producer.one("select coalesce(current_setting('test.caught', true), '')") == ""
