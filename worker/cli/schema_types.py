@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import keyword
 import operator
+import re
 from collections.abc import Iterable, Mapping
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -79,7 +80,7 @@ class _Reader:
         try:
             type_ = self._type_of(self.resolved(schema), depth)
             msgspec.json.Decoder(type_)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, re.error):
             return Any
         return type_
 

@@ -1,0 +1,159 @@
+"""How runs are drawn: what is shown, in how much space, and that a value cannot drive the terminal."""
+
+from __future__ import annotations
+
+import io
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+from rich.console import Console, RenderableType
+
+from outbox.history import HistoryRecord, RunInfo, TaskInfo
+from worker.cli.rendering import console, run_table, run_view
+
+START = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
+RUN = UUID("0193a000-0000-7000-8000-000000000001")
+
+
+def after(seconds: float) -> datetime:
+    return START + timedelta(seconds=seconds)
+
+
+def run_info(**changes: Any) -> RunInfo:
+    settled: dict[str, Any] = {
+        "id": RUN, "workflow": "welcome_lead", "status": "succeeded", "queue": "default", "priority": 5, "labels": {},
+        "epoch": 0, "created_at": START, "started_at": after(0.25), "finished_at": after(3), "deadline_at": None,
+        "input": {"lead": {"id": 1}}, "output": 7, "error": None, "attempt": None, "doing": None, "due_at": None,
+        "task_state": None, "claimed_by": None, "interruptions": None,
+    }  # fmt: skip
+    return RunInfo(**{**settled, **changes})
+
+
+def record(seq: int, path: tuple[int, ...], name: str, at: float, **changes: Any) -> HistoryRecord:
+    settled: dict[str, Any] = {
+        "seq": seq, "epoch": 0, "path": path, "n": 0, "kind": "step", "name": name, "outcome": "completed",
+        "value": None, "error": None, "fingerprint": None, "worker": 1, "at": after(at),
+    }  # fmt: skip
+    return HistoryRecord(**{**settled, **changes})
+
+
+def task(**changes: Any) -> TaskInfo:
+    settled: dict[str, Any] = {
+        "id": 1, "kind": "run", "path": (), "name": "welcome_lead", "queue": "default", "priority": 5,
+        "state": "claimed", "due_at": None, "attempt": 1, "doing": (2,), "interruptions": 0, "cancelling": False,
+        "claimed_by": 99,
+    }  # fmt: skip
+    return TaskInfo(**{**settled, **changes})
+
+
+def drawn(view: RenderableType, width: int = 120) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width).print(view)
+    return out.getvalue()
+
+
+def test_a_finished_run_shows_steps_executions_durations_and_output() -> None:
+    history = [
+        record(
+            1,
+            (1,),
+            "send_welcome",
+            1.25,
+            n=1,
+            outcome="failed",
+            error={"type": "OSError", "message": "refused"},
+        ),
+        record(2, (1,), "send_welcome", 2.25, value="<id@x>"),
+        record(3, (2, 1), "save", 2.75, value=7),
+        record(4, (), "welcome_lead", 3, kind="run", outcome="succeeded", value=7),
+    ]
+    text = drawn(run_view(run_info(labels={"source": "web"}), history, [], key="20419", why=None))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines[0] == f"welcome_lead {RUN} succeeded"
+    assert "key 20419" in text
+    assert "labels source=web" in text
+    assert "started after 250 ms" in text
+    assert any(line.startswith("execution 1 failed 1.0 s") and "OSError: refused" in line for line in lines)
+    assert '1 send_welcome completed 1.0 s "<id@x>"' in lines
+    assert "2.1 save completed 500 ms 7" in lines
+    assert lines[-1] == "output 7"
+    assert not any(line.startswith("welcome_lead succeeded") for line in lines)
+
+
+def test_an_open_run_shows_what_it_is_at_and_why_it_is_not_running() -> None:
+    info = run_info(status="waiting", finished_at=None, output=None)
+    waiting = task(state="waiting", claimed_by=None, due_at=after(60), interruptions=2)
+    history = [record(1, (2,), "save", 1, n=1, outcome="interrupted")]
+    text = drawn(run_view(info, history, [waiting], key=None, why="it waits for its next try"))
+    assert "interrupted 2×" in text
+    assert "until 2026-11-22" in text
+    assert "not running  it waits for its next try" in text
+    assert text.count("save") == 1
+
+
+def test_a_failed_run_shows_its_error_with_the_trace() -> None:
+    error = {
+        "type": "ValueError",
+        "message": "no [bold]markup[/]",
+        "trace": "Traceback\n  File x\nValueError",
+    }
+    text = drawn(run_view(run_info(status="failed", output=None, error=error), [], [], key=None, why=None))
+    assert "ValueError: no [bold]markup[/]" in text
+    assert "  File x" in text
+
+
+def test_a_retry_is_shown_between_the_epochs() -> None:
+    history = [
+        record(1, (), "w", 1, kind="run", outcome="failed", error={"type": "E", "message": "m"}),
+        record(2, (), "w", 2, kind="epoch", n=1, outcome="retry", epoch=1),
+        record(3, (), "w", 3, kind="run", outcome="succeeded", epoch=1),
+    ]
+    lines = drawn(run_view(run_info(epoch=1), history, [], key=None, why=None)).splitlines()
+    assert any("(end)" in line and "failed" in line for line in lines)
+    assert any("(retry)" in line and "what failed is tried anew" in line for line in lines)
+    assert "retried 1×" in lines[1]
+
+
+@pytest.mark.parametrize("poison", ["\x1b[2J", "\x9b31m", "\u202e", "\x07"])
+def test_control_characters_of_values_are_spelled_out(poison: str) -> None:
+    history = [record(1, (1,), f"s{poison}", 1, value=f"v{poison}")]
+    info = run_info(
+        labels={"a": poison}, error={"type": "E", "message": poison, "trace": poison}, status="failed"
+    )
+    text = drawn(run_view(info, history, [], key=poison, why=poison)) + drawn(run_table([info]))
+    assert poison not in text
+
+
+def test_names_in_joined_scripts_stay_as_they_are() -> None:
+    name = "نرگس محمدی‌پور"
+    assert name in drawn(run_view(run_info(input={"lead": name}), [], [], key=None, why=None))
+
+
+def test_long_values_are_shortened() -> None:
+    history = [record(1, (1,), "s", 1, value="x" * 10_000)]
+    text = drawn(run_view(run_info(input={"a": "y" * 10_000}), history, [], key=None, why=None))
+    assert len(text) < 2_000
+    assert "…" in text
+
+
+def test_a_list_of_runs_shows_ids_whole_even_on_a_narrow_terminal() -> None:
+    failed = run_info(status="failed", error={"type": "ValueError", "message": "no"})
+    wide = drawn(run_table([run_info(labels={"a": "b"}), failed]), width=160).splitlines()
+    assert all(str(RUN) in line for line in wide[1:])
+    assert "a=b" in wide[1]
+    assert "ValueError: no" in wide[2]
+    narrow = drawn(run_table([run_info(), failed]), width=80).splitlines()
+    assert max(len(line.rstrip()) for line in narrow) <= 80
+
+
+def test_a_pipe_gets_no_colours_and_a_sane_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    made = console()
+    if not made.is_terminal:
+        assert made.width == 160
+        assert made.color_system is None
+    monkeypatch.setenv("COLUMNS", "90")
+    assert console().width == 90
