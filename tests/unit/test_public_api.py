@@ -1,0 +1,74 @@
+"""The names that other people's code relies on: a change here is a change of the public API."""
+
+from __future__ import annotations
+
+import inspect
+
+import outbox
+from outbox import AsyncClient, AsyncRun, Client, Run
+
+OUTBOX = {
+    "AsyncClient", "AsyncRun", "Cancelled", "Client", "ConfigError", "DeadlineExceeded", "HistoryMismatch",
+    "HistoryRecord", "NotDeterministic", "PayloadError", "Permanent", "ResultTimeout", "RetryAfter", "Run",
+    "RunBlocked", "RunCancelled", "RunConflict", "RunFailed", "RunInfo", "RunNotFound", "SchemaError", "Settings",
+    "StepFailed", "StepwellError", "Suspended", "TaskInfo", "UnknownWorkflow",
+}  # fmt: skip
+
+OPTIONS = "queue, priority, delay, at, labels, deadline, lane, tenant, tx"
+
+CLIENT = {
+    "cancel": "run, tx",
+    "close": "",
+    "enqueue": f"workflow, args, key, {OPTIONS}, kwargs",
+    "enqueue_many": f"workflow, inputs, key, {OPTIONS}, chunk",
+    "get": "run",
+    "history": "run",
+    "list": "workflow, status, limit, before",
+    "result": "run, timeout, workflow",
+    "retry": "run",
+    "tasks": "run",
+    "why": "run",
+}
+
+RUN = {"cancel": "", "info": "", "result": "timeout"}
+
+
+def methods(cls: type) -> dict[str, str]:
+    """Return the public methods of a class with the names of their parameters."""
+    found = inspect.getmembers(cls, inspect.isfunction)
+    return {
+        name: ", ".join(list(inspect.signature(function).parameters)[1:])
+        for name, function in found
+        if not name.startswith("_")
+    }
+
+
+def test_outbox_exports_these_names() -> None:
+    assert set(outbox.__all__) == OUTBOX
+    assert sorted(outbox.__all__) == outbox.__all__
+    assert all(hasattr(outbox, name) for name in OUTBOX)
+
+
+def test_every_error_that_users_meet_is_exported() -> None:
+    ours = {
+        name
+        for name, value in vars(outbox.errors).items()
+        if inspect.isclass(value) and issubclass(value, BaseException) and not name.startswith("_")
+    }
+    assert ours <= OUTBOX
+
+
+def test_both_clients_have_the_same_methods() -> None:
+    assert methods(Client) == CLIENT
+    assert methods(AsyncClient) == CLIENT
+
+
+def test_both_handles_have_the_same_methods() -> None:
+    assert methods(Run) == RUN
+    assert methods(AsyncRun) == RUN
+
+
+def test_what_the_sync_client_documents_the_async_one_refers_to() -> None:
+    for name in CLIENT:
+        assert inspect.getdoc(getattr(Client, name)), name
+        assert inspect.getdoc(getattr(AsyncClient, name)), name
