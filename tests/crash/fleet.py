@@ -1,0 +1,158 @@
+"""Real worker processes for the crash tests: start them, find who holds a run, and kill with real signals."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psycopg
+
+from tests.waiting import wait_until
+
+ROOT = Path(__file__).parents[2]
+APP = ROOT / "tests" / "crash" / "flows.py"
+
+
+@dataclass(frozen=True)
+class Held:
+    """Who holds a run: a worker process and its supervisor."""
+
+    pid: int
+    supervisor_pid: int
+
+
+class Fleet:
+    """Supervisors with their workers on one database. `home` holds the ledger and the gates."""
+
+    def __init__(self, url: str, home: Path, **settings: Any) -> None:
+        self.home = home
+        self.db = psycopg.connect(url, autocommit=True)
+        self.db.execute("create table saved (run uuid, name text, size int)")
+        self._supervisors: list[subprocess.Popen[bytes]] = []
+        self._environment = {
+            **os.environ,
+            "STEPWELL_DATABASE_URL": url,
+            "STEPWELL_TEST_HOME": str(home),
+            "PYTHONPATH": str(ROOT),
+            **{f"STEPWELL_{name.upper()}": str(value) for name, value in settings.items()},
+        }
+
+    def start(self, processes: int = 1) -> subprocess.Popen[bytes]:
+        """Start a supervisor and return when its workers claim."""
+        before = self._count()
+        log = (self.home / f"supervisor-{len(self._supervisors)}.log").open("wb")
+        supervisor = subprocess.Popen(
+            [sys.executable, "-m", "worker.cli", "worker", str(APP), "--processes", str(processes)],
+            env=self._environment, stdout=log, stderr=log, cwd=self.home,
+        )  # fmt: skip
+        log.close()
+        self._supervisors.append(supervisor)
+        wait_until(lambda: self._count() >= before + processes, 30, what="the workers to register")
+        return supervisor
+
+    def stop(self) -> None:
+        """Drain every supervisor that lives; kill what does not end."""
+        living = [each for each in self._supervisors if each.poll() is None]
+        for each in living:
+            each.send_signal(signal.SIGTERM)
+        for each in living:
+            try:
+                each.wait(20)
+            except subprocess.TimeoutExpired:
+                self.kill_tree(each.pid)
+        for each in self._supervisors:
+            each.wait()
+        self.db.close()
+
+    def enqueue(self, workflow: str, **input: Any) -> UUID:
+        row = self.db.execute("select stepwell.enqueue(%s, %s)", (workflow, psycopg.types.json.Json(input))).fetchone()
+        assert row is not None
+        run: UUID = row[0]
+        return run
+
+    # -- what is going on
+
+    def status(self, run: UUID) -> str:
+        row = self.db.execute("select status from stepwell.run_status where id = %s", (run,)).fetchone()
+        assert row is not None
+        return str(row[0])
+
+    def holder(self, run: UUID) -> Held:
+        """Return who holds the run's claim, as soon as somebody does."""
+
+        def found() -> Any:
+            return self.db.execute(
+                "select w.pid from stepwell.tasks t join stepwell.workers w on w.id = t.claimed_by where t.run_id = %s",
+                (run,),
+            ).fetchone()
+
+        pid = int(wait_until(found, what="a worker to hold the run")[0])
+        return Held(pid, int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]))
+
+    def wait_for(self, run: UUID, status: str, timeout: float = 30.0) -> None:
+        wait_until(lambda: self.status(run) == status, timeout, what=f"the run to be {status}")
+
+    def effects(self) -> Counter[str]:
+        """Return how often each step took effect, over all runs."""
+        return Counter(line[1] for line in self._ledger() if line[0] == "effect")
+
+    def keys(self, step: str) -> set[str]:
+        """Return the idempotency keys that executions of a step had."""
+        return {line[2] for line in self._ledger() if line[1] == step}
+
+    def history(self, run: UUID) -> list[tuple[str, int, str]]:
+        """Return (name, n, outcome) of each record of steps and sleeps, in order."""
+        return self.db.execute(
+            "select name, n, outcome from stepwell.outbox where run_id = %s and kind <> 'run' order by seq", (run,)
+        ).fetchall()
+
+    # -- gates and kills
+
+    @contextlib.contextmanager
+    def gate(self, name: str) -> Iterator[None]:
+        """Close a gate; inside the block somebody stands before it. At the end it is open."""
+        (self.home / f"closed-{name}").touch()
+        try:
+            yield
+        finally:
+            (self.home / f"closed-{name}").unlink()
+
+    def reached(self, gate: str) -> None:
+        wait_until((self.home / f"reached-{gate}").exists, 20, what=f"a step to reach the gate {gate}")
+
+    def kill(self, held: Held, victim: str) -> None:
+        """SIGKILL the worker, or its whole tree."""
+        if victim == "worker":
+            os.kill(held.pid, signal.SIGKILL)
+        else:
+            self.kill_tree(held.supervisor_pid)
+
+    def kill_tree(self, supervisor_pid: int) -> None:
+        """SIGKILL a supervisor together with its workers, so that none of them can do anything more."""
+        children = _children(supervisor_pid)
+        for pid in (supervisor_pid, *children):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _count(self) -> int:
+        row = self.db.execute("select count(*) from stepwell.workers where dead_at is null").fetchone()
+        assert row is not None
+        return int(row[0])
+
+    def _ledger(self) -> list[list[str]]:
+        path = self.home / "ledger"
+        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text().split()] if path.exists() else []
