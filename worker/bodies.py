@@ -5,15 +5,13 @@ A greenlet is parked in the pool between two bodies. The pool belongs to one thr
 
 from __future__ import annotations
 
-import logging
+import ctypes
 import threading
 from collections.abc import Callable
 from contextvars import Context
 from typing import Any
 
 from greenlet import getcurrent, greenlet  # type: ignore[import-untyped]  # ships no types
-
-log = logging.getLogger(__name__)
 
 Main = Callable[[], Any]
 
@@ -25,7 +23,6 @@ class _Pool(threading.local):
 
     def __init__(self) -> None:
         self.idle: list[greenlet] = []
-        self.abandoned: list[greenlet] = []
 
 
 _pool = _Pool()
@@ -62,9 +59,13 @@ def give_back(body: greenlet) -> None:
         _pool.idle.append(body)
 
 
-def abandon(body: greenlet) -> None:
-    """Keep a body that refuses to end: dropping the last reference would make it run on."""
-    _pool.abandoned.append(body)
+def abandon(body: object) -> None:
+    """Keep a greenlet or coroutine that refuses to end, for as long as the process lives.
+
+    Python throws into it when its last reference goes, be it at the end of the process, and then it would run on,
+    maybe for ever. So it gets one reference more than anybody will ever drop.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(body))
 
 
 def _parked() -> greenlet:

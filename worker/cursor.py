@@ -61,10 +61,10 @@ class Cursor:
         return next((record for record in executions if record.outcome != VOIDED), None)
 
 
-def mismatch(expected: str, got: str) -> HistoryMismatch:
-    """Return the error that names both sides, and the line the body has come to."""
+def mismatch(expected: str, got: str, line: str | None = None) -> HistoryMismatch:
+    """Return the error that names both sides, and the line that the body has come to or the one given."""
     return HistoryMismatch(
-        f"{calling_line()}: the history has {expected}, but the body came to {got}",
+        f"{line or calling_line()}: the history has {expected}, but the body came to {got}",
         expected=expected,
         got=got,
     )

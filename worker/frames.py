@@ -63,7 +63,7 @@ def _inward(trace: TracebackType | None) -> Iterator[TracebackType]:
 
 def _awaited(coroutine: Any) -> Iterator[FrameType]:
     while coroutine is not None:
-        frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None)
+        frame = getattr(coroutine, "cr_frame", None)  # a generator's frame is the inside of an awaitable
         if frame is not None:
             yield frame
         coroutine = getattr(coroutine, "cr_await", None) or getattr(coroutine, "gi_yieldfrom", None)

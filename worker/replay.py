@@ -184,11 +184,7 @@ class Replay:
         if self._ended:
             bodies.give_back(body)
         else:
-            bodies.abandon(body)
-            log.warning(
-                "a body swallows the exception that ends it and was abandoned; let BaseException pass in it",
-                extra={"run_id": self.facts.id, "workflow": self._workflow.name},
-            )
+            self._abandon(body)
 
     # -- for the body, by way of worker.context
 
@@ -298,7 +294,7 @@ class Replay:
             return self._verdict
         left = self._cursor.left_over()
         if left is not None:
-            self.report(mismatch(described(left), "its end without that call"))
+            self.report(mismatch(described(left), "its end without that call", self._workflow.where))
             return self._verdict
         return Finish(self._workflow.signature.encode_result(result, where=self._workflow.result_where))
 
@@ -313,7 +309,8 @@ class Replay:
             if explained is not None:
                 error = NotDeterministic(explained)
             elif left is not None:
-                error = mismatch(described(left), f"its end without that call, by {type(error).__qualname__}")
+                ended = f"its end without that call, by {type(error).__qualname__}"
+                error = mismatch(described(left), ended, calling_line(error.__traceback__))
         self.report(error)
         return self._verdict
 
@@ -411,8 +408,15 @@ class Replay:
                 throw(violation)
             except BaseException:  # it unwinds in one way or another
                 return violation
-        self._refusals = _MAX_REFUSALS
-        return self._refuse("await")
+        self._abandon(awaitable)
+        return violation
+
+    def _abandon(self, body: object) -> None:
+        bodies.abandon(body)
+        log.warning(
+            "a body swallows the exception that ends it and was abandoned; let BaseException pass in it",
+            extra={"run_id": self.facts.id, "workflow": self._workflow.name},
+        )
 
     def _drawn(self) -> bytes:
         self._draws += 1

@@ -7,8 +7,9 @@ Around every switch into a body, on the thread that drives it:
   So `asyncio.sleep`, `timeout`, `create_task`, `gather`, `run_in_executor`, real I/O, and whatever else asks for
   the loop, are caught at the call, and can neither schedule on the engine's loop nor cancel the engine's task;
 - async generators get hooks of their own, so that the engine's loop never closes the generators of a body;
-- an audit hook refuses network connections, processes, threads and `time.sleep`. It is installed once for the
-  process and looks at nothing unless a body is being driven on the thread that asks.
+- an audit hook refuses network connections, processes, threads (where Python tells: not in 3.11) and
+  `time.sleep`. It is installed once for the process and looks at nothing unless a body is being driven on the
+  thread that asks.
 
 What it cannot see: a C library that opens its own sockets, files, clocks, global state. `stepwell check` looks
 for those. A module that a body imports for the first time may do what modules do when they are imported.
@@ -17,9 +18,11 @@ for those. A module that a body imports for the first time may do what modules d
 from __future__ import annotations
 
 import asyncio
+import functools
 import sys
+import time
 from asyncio.events import _get_running_loop, _set_running_loop
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from threading import get_ident
 from typing import Any, NoReturn, cast
 
@@ -189,7 +192,7 @@ def _close_dropped(generator: AsyncGenerator[Any, Any]) -> None:
     token = current_drive.set(_REFUSING)
     try:
         generator.aclose().send(None)
-    except (StopIteration, Exception, Suspended):  # noqa: S110 - nobody is left who could be told
+    except (Exception, Suspended):  # noqa: BLE001, S110 - user code, and nobody is left to be told
         pass
     finally:
         current_drive.reset(token)
@@ -199,9 +202,24 @@ _hooked: list[bool] = []
 
 
 def _install_audit_hook() -> None:
-    if not _hooked:
-        _hooked.append(True)
-        sys.addaudithook(_audit)
+    """Install the hook, once for the process: it cannot be taken out again."""
+    if _hooked:
+        return
+    _hooked.append(True)
+    sys.addaudithook(_audit)
+    if sys.version_info < (3, 13):
+        time.sleep = _audited_sleep(time.sleep)
+
+
+def _audited_sleep(plain: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Return `time.sleep` with the audit event that Python raises from 3.13 on."""
+
+    @functools.wraps(plain)
+    def sleep(seconds: Any, /) -> None:
+        _audit("time.sleep", (seconds,))
+        plain(seconds)
+
+    return sleep
 
 
 def _audit(event: str, _args: tuple[Any, ...]) -> None:
