@@ -58,6 +58,7 @@ class Committer:
         self._max_bytes = max_bytes
         self._queue: deque[tuple[Writing, asyncio.Future[Receipt]]] = deque()
         self._waking = asyncio.Event()
+        self._idle = asyncio.Event()
         self._connection: AsyncConnection[Any] | None = None
         self._in_flush = 0
 
@@ -93,7 +94,14 @@ class Committer:
                 await self._flush(batch)
             finally:
                 self._in_flush = 0
+        self._idle.set()
         return len(batch)
+
+    async def settled(self) -> None:
+        """Return when nothing is pending."""
+        while self._queue or self._in_flush:
+            self._idle.clear()
+            await self._idle.wait()
 
     async def close(self) -> None:
         """Close the connection; safe twice."""

@@ -49,6 +49,10 @@ logger = logging.getLogger(__name__)
 
 CANCEL_SECONDS = 1.0
 """How often a worker without a free slot looks for cancellations."""
+WORTH_CLAIMING = 0.25
+"""While there is a backlog, slots are gathered until this part of them is free: one claim instead of many."""
+GATHER_SECONDS = 0.02
+"""… but no longer than this, or runs that take long would leave the rest of the slots empty."""
 QUARANTINE_SECONDS = 30.0
 """How long a worker tries to get everything out of its hands before it gives up on a suspect."""
 CUT_SECONDS = 2.0
@@ -81,6 +85,7 @@ class Engine:
         self._starting: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
+        self._backlog = False
         self._draining = False
         self._claiming = False
         self._alone = False
@@ -89,7 +94,7 @@ class Engine:
         self._rotation = 0
         self._claimant = Claimant(self._connect, worker_id)
         self._committer = Committer(
-            self._connect, worker_id, max_rows=settings.flush_max_rows, max_bytes=settings.flush_max_bytes
+            self._connect, worker_id, max_rows=_flush_rows(settings), max_bytes=settings.flush_max_bytes
         )
         self._executor = Executor(settings.threads)
         self._transactions = Transactions(url, worker_id, settings.connections, self._executor)
@@ -190,6 +195,9 @@ class Engine:
 
     async def _claim_until_drained(self) -> None:
         while not self._draining:
+            if self._backlog and len(self._flying) > self._settings.concurrency * (1 - WORTH_CLAIMING):
+                self._changed.clear()
+                await self._wait(GATHER_SECONDS)
             if await self.run_once() == 0:
                 await self._idle()
 
@@ -203,6 +211,7 @@ class Engine:
             claims = await self._claimant.claim(queue, self._names, max(0, free))
             await self._start(claims)
             claimed += len(claims)
+            self._backlog = 0 < free <= len(claims)
         self._rotation += 1
         self._turns += 1
         if self._caretaker.suspects and not self._draining:
@@ -330,8 +339,7 @@ class Engine:
             for advance in list(self._flying.values()):
                 advance.cut()
             await self._emptied(time.monotonic() + CUT_SECONDS)
-        while self._committer.pending:
-            await asyncio.sleep(0.01)
+        await self._committer.settled()
 
     async def _measure_lag(self) -> None:
         while True:
@@ -340,3 +348,11 @@ class Engine:
             metrics.LOOP_LAG.observe(max(0.0, time.monotonic() - started - 0.5))
             self._turns += 1
             self._count_slots()
+
+
+def _flush_rows(settings: Settings) -> int:
+    """Return how many transitions one flush takes: at most half of what can be in flight.
+
+    So this process drives one half while the database writes the other, instead of both waiting in turn.
+    """
+    return min(settings.flush_max_rows, max(32, settings.concurrency // 2))

@@ -1,0 +1,1 @@
+"""Measure Stepwell on this machine, beside Postgres itself: `make bench`."""

@@ -1,0 +1,81 @@
+"""`python -m benchmarks`: every scenario, repeated in turn, with minimum, median and maximum of each figure."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from benchmarks import scenarios
+from benchmarks.machine import Bench, bench
+
+Figures = dict[str, float]
+Scenario = Callable[[Bench], Figures]
+
+
+def _plan(runs: int) -> dict[str, Scenario]:
+    return {
+        "pgbench, one transaction per step, 8 clients": lambda b: scenarios.floor(b, 5),
+        "two steps, 1 process": lambda b: scenarios.throughput(b, "two_steps", 1, runs),
+        "two steps, 2 processes": lambda b: scenarios.throughput(b, "two_steps", 2, runs),
+        "ten steps, 2 processes": lambda b: scenarios.throughput(b, "ten_steps", 2, runs // 5),
+        "enqueue in bulk": lambda b: scenarios.enqueue_in_bulk(b, runs),
+        "enqueue to start, idle": lambda b: scenarios.start_latency(b, 210),
+        "recovery from kill -9 of a worker": lambda b: scenarios.recovery(b, "worker", 20),
+        "recovery from kill -9 of the tree": lambda b: scenarios.recovery(b, "tree", 3),
+    }
+
+
+@click.command()
+@click.option("--repeat", default=3, show_default=True, help="Measurements of each scenario.")
+@click.option("--runs", default=20_000, show_default=True, help="Runs in one measurement of throughput.")
+@click.option("--postgres", default=18, show_default=True, help="Major version: 15 (the system's), 16 or 18.")
+@click.option("--only", default="", help="Scenarios whose name contains this.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all measurements here.")
+def main(repeat: int, runs: int, postgres: int, only: str, json_file: Path | None) -> None:
+    """Measure this machine."""
+    plan = {name: scenario for name, scenario in _plan(runs).items() if only in name}
+    taken: dict[str, list[Figures]] = defaultdict(list)
+    with bench(postgres) as machine:
+        click.echo(f"PostgreSQL {postgres}, Python {platform.python_version()}, {platform.machine()}, durable commits")
+        for round_ in range(1, repeat + 1):
+            for name, scenario in plan.items():
+                began = time.monotonic()
+                figures = scenario(machine)
+                taken[name].append(figures)
+                said = " · ".join(f"{key} {value:,.3g}" for key, value in figures.items())
+                click.echo(f"[{round_}/{repeat}] {name}: {said}  ({time.monotonic() - began:.0f} s)")
+    click.echo()
+    for line in table(taken):
+        click.echo(line)
+    if json_file is not None:
+        json_file.write_text(json.dumps(taken, indent=2) + "\n")
+
+
+def table(taken: dict[str, list[Figures]]) -> list[str]:
+    """Return the figures as a Markdown table, and the ratios to pgbench of the same round."""
+    lines = ["| scenario | figure | min | median | max |", "|---|---|---|---|---|"]
+    for name, rounds in taken.items():
+        for figure in rounds[0]:
+            lines.append(_row(name, figure, [each[figure] for each in rounds]))
+    floors = next((rounds for name, rounds in taken.items() if name.startswith("pgbench")), [])
+    for name, rounds in taken.items():
+        if floors and name.startswith("two steps"):
+            pairs = zip(rounds, floors, strict=True)
+            lines.append(_row(name, "× pgbench", [a["runs_per_second"] / b["runs_per_second"] for a, b in pairs]))
+    return lines
+
+
+def _row(name: str, figure: str, values: list[float]) -> str:
+    cells = (min(values), statistics.median(values), max(values))
+    return f"| {name} | {figure.replace('_', ' ')} | " + " | ".join(f"{cell:,.3g}" for cell in cells) + " |"
+
+
+if __name__ == "__main__":
+    main()
