@@ -262,7 +262,8 @@ class Undertaker:
     async def settle(self, timeout_seconds: float) -> bool:
         """Wait until all obituaries are carried out; return whether they are."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._settled.wait(), timeout_seconds)
+            async with asyncio.timeout(timeout_seconds):
+                await self._settled.wait()
         return self.obituaries == 0
 
     async def run(self) -> None:
@@ -334,10 +335,10 @@ class Undertaker:
         waits = [case.not_before - time.monotonic() for case in self._cases.values()]
         if waits and min(waits) <= 0:
             return
-        try:
-            await asyncio.wait_for(self._changed.wait(), min(waits, default=None))
-        except TimeoutError:
-            return
+        # Not wait_for: before Python 3.12 it may swallow a cancellation that comes with the event.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(waits, default=None)):
+                await self._changed.wait()
 
     async def _connected(self) -> Connection:
         if self._connection is None or self._connection.closed:
