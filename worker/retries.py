@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import tenacity
@@ -150,7 +150,7 @@ def _checked(parameter: str, given: Policy | None, default: Policy | None) -> Po
 
 
 def _seconds(wait: Any) -> float:
-    seconds = float(wait)
+    seconds = wait.total_seconds() if isinstance(wait, timedelta) else float(wait)
     return seconds if math.isfinite(seconds) and seconds > 0 else 0.0
 
 

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from outbox.errors import HistoryMismatch
+from tests.unit.drives import record
+from worker.records import VOIDED, Record, dotted, visible
+
+FAULT = {"type": "ValueError", "message": "x"}
+
+
+def retry(seq: int, epoch: int = 1) -> Record:
+    return record((), "flow", kind="epoch", n=1, outcome="retry", seq=seq, epoch=epoch)
+
+
+def end(seq: int, epoch: int = 0) -> Record:
+    return record((), "flow", kind="run", outcome="failed", seq=seq, epoch=epoch)
+
+
+def shown(history: list[Record]) -> list[tuple[str, Any, str]]:
+    return [
+        (dotted(each.path), each.n if each.n < 100 else "last", each.outcome) for each in visible(history)
+    ]
+
+
+def test_records_come_in_the_order_in_which_they_happened_without_those_of_the_run():
+    assert shown([end(3), record(2, seq=2), record(1, "a", seq=1)]) == [
+        ("1", 0, "completed"),
+        ("2", 0, "completed"),
+    ]
+
+
+def test_a_retry_voids_the_failed_outcome_and_its_executions_but_forgets_none_of_them():
+    history = [
+        record(1, "a", value=1, seq=1),
+        record(2, "b", n=1, error=FAULT, seq=2),
+        record(2, "b", error=FAULT, seq=3),
+        end(4),
+        retry(5),
+    ]
+    assert shown(history) == [("1", 0, "completed"), ("2", 1, VOIDED), ("2", "last", VOIDED)]
+
+
+def test_what_was_interrupted_or_failed_without_a_final_outcome_stands_after_a_retry():
+    history = [record(1, "a", n=1, outcome="interrupted", seq=1), end(2), retry(3)]
+    assert shown(history) == [("1", 1, "interrupted")]
+
+
+@pytest.mark.parametrize(
+    "after",
+    [record(2, "b", value=1, seq=2), record(2, seq=2), record(2, "b", n=1, outcome="interrupted", seq=2)],
+    ids=["a step", "a sleep", "a step under way"],
+)
+def test_a_failure_that_the_body_got_past_stands_after_a_retry(after: Record):
+    history = [record(1, "a", error=FAULT, seq=1), after, end(3), retry(4)]
+    assert shown(history)[0] == ("1", 0, "failed")
+
+
+def test_a_failure_that_only_failures_came_after_is_voided_with_them():
+    history = [record(1, "a", error=FAULT, seq=1), record(2, "b", error=FAULT, seq=2), end(3), retry(4)]
+    assert shown(history) == [("1", "last", VOIDED), ("2", "last", VOIDED)]
+
+
+def test_branches_of_a_join_do_not_get_past_each_other():
+    history = [
+        record((1, 1, 1), "a", error=FAULT, seq=1),
+        record((1, 2, 1), "b", value=1, seq=2),
+        record((1, 2, 2), "c", value=1, seq=3),
+        end(4),
+        retry(5),
+    ]
+    assert shown(history)[0] == ("1.1.1", "last", VOIDED)
+    history.insert(3, record(2, "after the join", value=1, seq=3))
+    assert shown(history)[0] == ("1.1.1", 0, "failed")
+
+
+def test_what_a_retry_executed_anew_counts_and_a_second_retry_voids_it_again():
+    history = [
+        record(1, "a", error=FAULT, seq=1),
+        end(2),
+        retry(3),
+        record(1, "a", error=FAULT, seq=4, epoch=1),
+        end(5, epoch=1),
+    ]
+    assert shown(history) == [("1", "last", VOIDED), ("1", 0, "failed")]
+    assert shown([*history, retry(6, epoch=2)]) == [("1", "last", VOIDED), ("1", "last", VOIDED)]
+
+
+def test_an_epoch_of_an_unknown_kind_is_refused_and_named():
+    opening = record((), "flow", kind="epoch", n=1, outcome="rewind", seq=1, epoch=1)
+    with pytest.raises(HistoryMismatch, match="rewind"):
+        visible([opening])
