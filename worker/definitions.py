@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import (
     TYPE_CHECKING,
     Any,
     Concatenate,
     Generic,
-    Literal,
     ParamSpec,
     Protocol,
     TypeVar,
@@ -28,6 +27,7 @@ from typing import (
 
 from outbox.codec import Signature
 from outbox.errors import ConfigError, PayloadError
+from worker import options
 from worker.apps import load_app
 from worker.context import current_drive
 from worker.kinds import TransactionKind, kind_of
@@ -57,8 +57,6 @@ R = TypeVar("R")
 S = TypeVar("S")
 T = TypeVar("T")
 
-OnCrash = Literal["retry", "hold"]
-
 
 class _NotDone:
     """The type of NOT_DONE."""
@@ -85,7 +83,7 @@ class Definition(Generic[P, R]):
         functools.update_wrapper(cast("Any", self), self.plain)
         self.file = self.plain.__code__.co_filename
         self.where = f"{self.file}:{self.plain.__code__.co_firstlineno}"
-        self.name = self._checked_name(name)
+        self.name = self._checked(lambda: options.name(name, self.plain.__qualname__))
         self.is_async = inspect.iscoroutinefunction(self.plain)
         self._owner: type | None = None
         # From 3.13 on classmethod(definition) hands the class over as an argument instead of asking __get__.
@@ -95,7 +93,7 @@ class Definition(Generic[P, R]):
         self.function: Callable[..., Any] = self._with_class if self._of_class else self.plain
         self.skipped = int(self._of_class) + int(session)
         self._check_parameters()
-        self.signature = self._built_signature()
+        self.signature = self._checked(lambda: Signature.of(self.plain, skip_first=self.skipped))
         self.arguments_where = f"{self.sort} {self.name}"
         self.result_where = f"the result of {self.sort} {self.name}"
 
@@ -119,23 +117,22 @@ class Definition(Generic[P, R]):
 
     def resolve(self) -> None:
         """Resolve annotations that name what came later in the module. Raises ConfigError."""
-        try:
-            _ = self.signature.returns
+        self._checked(self._resolved)
+
+    def _resolved(self) -> None:
+        _ = self.signature.returns
+        with suppress(PayloadError):  # the empty input need not fit
             self.signature.check_input("{}")
-        except PayloadError:
-            return  # the empty input does not fit; its types do
-        except ConfigError as error:
-            raise self.problem(str(error)) from error
 
     def problem(self, what: str) -> ConfigError:
         """Return the error that says what is wrong with this definition, and where it is."""
         return ConfigError(f"{self.sort} {self.plain.__qualname__} ({self.where}): {what}")
 
-    def _checked_name(self, name: Any) -> str:
-        chosen = self.plain.__qualname__.rpartition("<locals>.")[2] if name is None else name
-        if not isinstance(chosen, str) or not chosen.strip() or not chosen.isprintable():
-            raise self.problem(f"name= takes a printable text, got {name!r}")
-        return chosen
+    def _checked(self, check: Callable[[], T]) -> T:
+        try:
+            return check()
+        except ConfigError as error:
+            raise self.problem(str(error)) from error
 
     def _check_parameters(self) -> None:
         if inspect.isgeneratorfunction(self.plain) or inspect.isasyncgenfunction(self.plain):
@@ -148,12 +145,6 @@ class Definition(Generic[P, R]):
                 raise self.problem(
                     f"parameter {str(parameter)!r} takes any arguments; name each one, or take a list or dict"
                 )
-
-    def _built_signature(self) -> Signature:
-        try:
-            return Signature.of(self.plain, skip_first=self.skipped)
-        except (ConfigError, PayloadError) as error:
-            raise self.problem(str(error)) from error
 
     def _with_class(self, *args: Any, **kwargs: Any) -> Any:
         return self.plain(self._found_owner(None), *args, **kwargs)
@@ -199,7 +190,7 @@ class Step(Definition[P, R]):
         *,
         retry: RetryPolicy | None = None,
         timeout: float | timedelta | None = None,
-        on_crash: OnCrash = "retry",
+        on_crash: options.OnCrash = "retry",
         verify: Callable[..., Any] | None = None,
         raises: type[Exception] | tuple[type[Exception], ...] = (),
         transactional: bool = False,
@@ -207,12 +198,13 @@ class Step(Definition[P, R]):
         if transactional:
             self.sort = "transaction"
         super().__init__(decorated, name, session=transactional)
-        self.retry = self._checked_retry(retry)
-        self.timeout = self._checked_timeout(timeout)
-        self.on_crash = self._checked_on_crash(on_crash)
-        self.verify = self._checked_verify(verify, transactional)
-        self.raises = self._checked_raises(raises)
-        self.transaction = self._kind() if transactional else None
+        parameters = list(inspect.signature(self.plain).parameters.values())
+        self.retry = self._checked(lambda: options.retry(retry))
+        self.timeout = self._checked(lambda: options.timeout(timeout))
+        self.on_crash: options.OnCrash = self._checked(lambda: options.on_crash(on_crash))
+        self.verify = self._checked(lambda: options.verify(verify, parameters[self.skipped :]))
+        self.raises = self._checked(lambda: options.raises(raises))
+        self.transaction = self._checked(lambda: self._kind(parameters)) if transactional else None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         drive = current_drive.get()
@@ -225,60 +217,12 @@ class Step(Definition[P, R]):
     def _called_plainly(self, *args: Any, **kwargs: Any) -> Any:
         return (self.plain if self._given_class else self.function)(*args, **kwargs)
 
-    def _kind(self) -> TransactionKind:
-        parameters = list(inspect.signature(self.plain).parameters.values())[int(self._of_class) :]
-        try:
-            return kind_of(self.plain, parameters[0] if parameters else None)
-        except ConfigError as error:
-            raise self.problem(str(error)) from None
-
-    def _checked_retry(self, retry: Any) -> RetryPolicy | None:
-        if retry is None or isinstance(retry, RetryPolicy):
-            return retry
-        raise self.problem(f"retry= takes retrying(stop=…, wait=…, on=…), got {retry!r}")
-
-    def _checked_timeout(self, timeout: Any) -> float | None:
-        if timeout is None:
-            return None
-        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
-            raise self.problem(f"timeout= takes a positive number of seconds or a timedelta, got {timeout!r}")
-        return float(seconds)
-
-    def _checked_on_crash(self, on_crash: Any) -> OnCrash:
-        if on_crash not in ("retry", "hold"):
-            raise self.problem(f'on_crash= takes "retry" or "hold", got {on_crash!r}')
-        chosen: OnCrash = on_crash
-        return chosen
-
-    def _checked_verify(self, verify: Any, transactional: bool) -> Callable[..., Any] | None:
-        if verify is None:
-            return None
-        if transactional:
-            raise self.problem(
+    def _kind(self, parameters: list[inspect.Parameter]) -> TransactionKind:
+        if self.verify is not None:
+            raise ConfigError(
                 "a transaction needs no verify=: its effects and its record commit together or not at all"
             )
-        function = verify.__func__ if isinstance(verify, staticmethod) else verify
-        if not callable(function) or isinstance(function, Definition):
-            raise self.problem(f"verify= takes a plain function of the step's parameters, got {verify!r}")
-        wanted = list(inspect.signature(self.plain).parameters.values())[self.skipped :]
-        positional = [p for p in wanted if p.kind is not p.KEYWORD_ONLY]
-        keywords = {p.name: None for p in wanted if p.kind is p.KEYWORD_ONLY}
-        try:
-            inspect.signature(function).bind(*positional, **keywords)
-        except TypeError as error:
-            raise self.problem(
-                f"verify= is called with the arguments of the step and cannot take them: {error}"
-            ) from None
-        checked: Callable[..., Any] = function
-        return checked
-
-    def _checked_raises(self, raises: Any) -> tuple[type[Exception], ...]:
-        classes = raises if isinstance(raises, tuple) else (raises,)
-        for each in classes:
-            if not (isinstance(each, type) and issubclass(each, Exception)):
-                raise self.problem(f"raises= takes exception classes, got {each!r}")
-        return classes
+        return kind_of(self.plain, next(iter(parameters[int(self._of_class) :]), None))
 
 
 class Workflow(Definition[P, R]):
@@ -290,9 +234,7 @@ class Workflow(Definition[P, R]):
         self, decorated: Any, name: str | None = None, *, queue: str = "default", strict: bool = False
     ) -> None:
         super().__init__(decorated, name)
-        if not isinstance(cast("object", queue), str) or not queue.strip():
-            raise self.problem(f"queue= takes the name of a queue, got {queue!r}")
-        self.queue = queue
+        self.queue = self._checked(lambda: options.queue(queue))
         self.strict = bool(strict)
         self.version = ""
 
@@ -339,11 +281,11 @@ def step(
     name: str | None = None,
     retry: RetryPolicy | None = None,
     timeout: float | timedelta | None = None,
-    on_crash: OnCrash = "retry",
+    on_crash: options.OnCrash = "retry",
     verify: Callable[..., Any] | None = None,
     raises: type[Exception] | tuple[type[Exception], ...] = (),
 ) -> _StepDecorator: ...
-def step(function: Any = None, /, **options: Any) -> Any:
+def step(function: Any = None, /, **given: Any) -> Any:
     """Make a function a step: executed once and recorded.
 
     `retry` is a policy of `retrying(…)`, none means that the first failure is final. `timeout` is in seconds.
@@ -352,7 +294,7 @@ def step(function: Any = None, /, **options: Any) -> Any:
     execution but the first; it returns the result, or NOT_DONE. `raises` are the exception classes that a body
     gets back as they are; every other failure reaches it as StepFailed.
     """
-    return _decorated(_registered_step, function, options)
+    return _decorated(_registered_step, function, given)
 
 
 @overload
@@ -367,16 +309,16 @@ def transaction(
     name: str | None = None,
     retry: RetryPolicy | None = None,
     timeout: float | timedelta | None = None,
-    on_crash: OnCrash = "retry",
+    on_crash: options.OnCrash = "retry",
     raises: type[Exception] | tuple[type[Exception], ...] = (),
 ) -> _TransactionDecorator: ...
-def transaction(function: Any = None, /, **options: Any) -> Any:
+def transaction(function: Any = None, /, **given: Any) -> Any:
     """Make a function a step whose writes and whose record commit together: exactly once.
 
     Its first parameter, a connection or session of psycopg or SQLAlchemy, is filled in by the worker; it must
     neither commit nor roll back. The other options are those of `step`.
     """
-    return _decorated(_registered_transaction, function, options)
+    return _decorated(_registered_transaction, function, given)
 
 
 @overload
@@ -389,32 +331,32 @@ def workflow(function: Callable[P, R], /) -> Workflow[P, R]: ...
 def workflow(
     *, name: str | None = None, queue: str = "default", strict: bool = False
 ) -> _WorkflowDecorator: ...
-def workflow(function: Any = None, /, **options: Any) -> Any:
+def workflow(function: Any = None, /, **given: Any) -> Any:
     """Make a function a workflow: the deterministic plan of a run.
 
     `strict` blocks a run whose replay calls a recorded step with other arguments than before; else that is
     only counted.
     """
-    return _decorated(_registered_workflow, function, options)
+    return _decorated(_registered_workflow, function, given)
 
 
-def _decorated(register: Callable[..., Any], function: Any, options: dict[str, Any]) -> Any:
+def _decorated(register: Callable[..., Any], function: Any, given: dict[str, Any]) -> Any:
     """Serve both `@step` and `@step(…)`."""
-    return functools.partial(register, **options) if function is None else register(function, **options)
+    return functools.partial(register, **given) if function is None else register(function, **given)
 
 
-def _registered_step(function: Any, /, **options: Any) -> Step[..., Any]:
-    made: Step[..., Any] = Step(function, **options)
+def _registered_step(function: Any, /, **given: Any) -> Step[..., Any]:
+    made: Step[..., Any] = Step(function, **given)
     registry().add_step(made)
     return made
 
 
-def _registered_transaction(function: Any, /, **options: Any) -> Step[..., Any]:
-    return _registered_step(function, transactional=True, **options)
+def _registered_transaction(function: Any, /, **given: Any) -> Step[..., Any]:
+    return _registered_step(function, transactional=True, **given)
 
 
-def _registered_workflow(function: Any, /, **options: Any) -> Workflow[..., Any]:
-    made: Workflow[..., Any] = Workflow(function, **options)
+def _registered_workflow(function: Any, /, **given: Any) -> Workflow[..., Any]:
+    made: Workflow[..., Any] = Workflow(function, **given)
     registry().add_workflow(made)
     return made
 

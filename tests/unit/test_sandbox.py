@@ -394,7 +394,7 @@ class TestAudit:
 
         @workflow
         def flow() -> str:
-            import probes_the_network  # type: ignore[import-not-found]  # written above
+            import probes_the_network
 
             assert isinstance(probes_the_network, types.ModuleType)
             return "imported"
