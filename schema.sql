@@ -826,11 +826,13 @@ create function stepwell.promote_v1(at_most int, out promoted int, out next_in f
 as $$
 #variable_conflict use_column
 declare
+    -- In a variable: compared to the volatile function itself, the index condition would be a filter over all who wait.
+    moment constant timestamptz := clock_timestamp();
     rung text[];
 begin
     with due as materialized (
         select t.id from tasks t
-        where t.state = 'waiting' and t.due_at is not null and t.due_at <= clock_timestamp()
+        where t.state = 'waiting' and t.due_at is not null and t.due_at <= moment
         order by t.due_at limit at_most for update skip locked),
     turned as materialized (select due.id, nextval('stepwell.turns') as turn from due),
     readied as (
