@@ -16,8 +16,6 @@ from typing import Any, NoReturn
 
 import click
 
-from worker.cli.hidden import hidden_package
-
 # Name → where the command is, and what it does, for --help without importing it.
 _COMMANDS = {
     "demo": ("worker.cli.demo:demo", "Welcome a thousand leads, kill the workers on the way, and count."),
@@ -41,12 +39,6 @@ def _version() -> str:
 
 class _Commands(click.Group):
     """A group that imports its commands when they are used, and tells errors of theirs in one sentence."""
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        problem = hidden_package()
-        if problem is not None:
-            _stop(problem, 2)
-        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         from worker.cli.mistakes import told

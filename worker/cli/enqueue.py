@@ -161,9 +161,10 @@ def _wait(opened: Session, run: Run[Any], timeout: float | None, as_json: bool) 
         output = run.result(timeout)
     except (RunFailed, RunCancelled, RunBlocked) as ended:
         error = ended
-    except ResultTimeout as late:
+    except ResultTimeout:
         why = opened.client.why(run.id)
-        raise ResultTimeout(f"{one_line(late)}{f' ({why})' if why else ''}") from None
+        late = f"run {run.id} has not ended within {timeout:g} s and goes on"
+        raise ResultTimeout(f"{late}: {why}" if why else late) from None
     if as_json:
         info = run.info()
         told = {

@@ -163,22 +163,23 @@ def _past(run: RunInfo, history: Sequence[HistoryRecord]) -> Iterator[Cells]:
 
 def _present(run: RunInfo, history: Sequence[HistoryRecord], tasks: Sequence[TaskInfo]) -> Iterator[Cells]:
     """Yield a row for each thing that is left to do."""
-    names = {record.path: record.name for record in history if record.n}
+    tried = {record.path: record.name for record in history if record.n}
     for task in tasks:
         path = task.doing if task.kind == "run" else task.path
         if task.kind == "wake":
             yield Text(""), _plain(f"({task.name})"), Text("asked", style="yellow"), "", Text("")
         elif path:
-            default = "…" if task.kind == "run" else task.name
-            yield (
-                _path(path),
-                _name(path, names.get(path, default)),
-                _doing(task),
-                _since(run, history, task),
-                _due(task),
-            )
+            name = tried.get(path) or _untried(task)
+            yield _path(path), _name(path, name), _doing(task), _since(run, history, task), _due(task)
         elif task.state == "claimed":
             yield Text(""), Text("…"), _doing(task), "", Text("")
+
+
+def _untried(task: TaskInfo) -> str:
+    """Return what a task is at, where no record names it yet: it waits for a time only to sleep or to try again."""
+    if task.kind != "run":
+        return task.name
+    return "sleep" if task.state == "waiting" and task.due_at is not None else "…"
 
 
 def _doing(task: TaskInfo) -> Text:
