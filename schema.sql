@@ -460,7 +460,8 @@ end
 $$;
 
 -- Set ready tasks aside that no live worker of the queue knows, so that they do not stand in the way of
--- the others. Looks at the head of each priority only, which is where they would.
+-- the others. Looks at the head of each priority only, which is where they would, and locks nothing but
+-- what it sets aside: a claim skips what is locked. While nobody lives nothing is in anybody's way.
 create function stepwell.shelve_v1(on_queue text, at_most int) returns int
     language plpgsql
     set search_path = pg_catalog, stepwell, pg_temp
@@ -474,13 +475,18 @@ declare
 begin
     select coalesce(array_agg(distinct n), '{}') into known
     from workers w, unnest(w.names) n where w.dead_at is null and on_queue = any (w.queues);
+    if known = '{}' then
+        return 0;
+    end if;
     for g in 0..19 loop
         with head as materialized (
             select t.id, t.name from tasks t
             where t.state = 'ready' and t.queue = on_queue and t.priority = g / 2 and t.fresh = (g % 2 = 1)
-            order by t.turn limit at_most for update skip locked)
-        update tasks t set state = 'shelved' from head
-        where t.id = head.id and head.name <> all (known);
+            order by t.turn limit at_most),
+        strangers as materialized (
+            select t.id from head join tasks t on t.id = head.id
+            where head.name <> all (known) and t.state = 'ready' for update of t skip locked)
+        update tasks t set state = 'shelved' from strangers where t.id = strangers.id;
         get diagnostics got = row_count;
         done := done + got;
     end loop;
