@@ -282,6 +282,11 @@ begin
     if enqueue_many.delay is not null and enqueue_many.at is not null then
         raise exception 'stepwell: give delay or at, not both' using errcode = '22023';
     end if;
+    -- No difference to an infinite time can be taken before PostgreSQL 17: each claim and each promotion would fail.
+    if not (isfinite(coalesce(enqueue_many.at, 'epoch')) and isfinite(coalesce(enqueue_many.delay, '0'))
+            and isfinite(coalesce(enqueue_many.deadline, '0'))) then
+        raise exception 'stepwell: at, delay and deadline must be finite' using errcode = '22023';
+    end if;
     if enqueue_many.keys is not null and cardinality(enqueue_many.keys) <> many then
         raise exception 'stepwell: % inputs but % keys', many, cardinality(enqueue_many.keys) using errcode = '22023';
     end if;
