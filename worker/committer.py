@@ -19,7 +19,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NamedTuple
 
 import psycopg
@@ -61,6 +61,7 @@ class Committer:
         self._idle = asyncio.Event()
         self._connection: AsyncConnection[Any] | None = None
         self._in_flush = 0
+        self._ended = False
 
     @property
     def pending(self) -> int:
@@ -73,17 +74,24 @@ class Committer:
         return self._connection is not None and not self._connection.broken
 
     def commit(self, writing: Writing) -> asyncio.Future[Receipt]:
-        """Queue a transition; await the answer."""
+        """Queue a transition; await the answer. Once `run` has ended, the answer is a cancellation."""
         future: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
+        if self._ended:
+            future.cancel()
+            return future
         self._queue.append((writing, future))
         self._waking.set()
         return future
 
     async def run(self) -> None:
-        """Flush what is queued, for ever; cancel it only when nothing is pending."""
-        while True:
-            await self._waking.wait()
-            await self.run_once()
+        """Flush what is queued, for ever. Cancelling it ends everybody who waits for an answer."""
+        try:
+            while True:
+                await self._waking.wait()
+                await self.run_once()
+        finally:
+            self._ended = True
+            _end(self._queue)
 
     async def run_once(self) -> int:
         """Flush one batch; return how many transitions it had."""
@@ -94,6 +102,7 @@ class Committer:
                 await self._flush(batch)
             finally:
                 self._in_flush = 0
+                _end(batch)
         self._idle.set()
         return len(batch)
 
@@ -169,6 +178,12 @@ class Committer:
         for future in futures:
             if not future.done():
                 future.set_exception(error)
+
+
+def _end(unanswered: Iterable[tuple[Writing, asyncio.Future[Receipt]]]) -> None:
+    """End those who wait for an answer that will not come: nothing is left that would give it."""
+    for _, future in unanswered:
+        future.cancel()
 
 
 def _answer(future: asyncio.Future[Receipt], receipt: Receipt) -> None:

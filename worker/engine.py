@@ -59,6 +59,10 @@ CUT_SECONDS = 2.0
 """How long executions that were cut short have to come back."""
 
 
+class _StoppedError(Exception):
+    """Somebody has called `stop`."""
+
+
 class Engine:
     """The engine of worker `worker_id` on `queues`. `run` it once, in a running event loop."""
 
@@ -87,6 +91,8 @@ class Engine:
         self._changed = asyncio.Event()
         self._backlog = False
         self._draining = False
+        self._stopped = asyncio.Event()
+        self._registered = False
         self._claiming = False
         self._alone = False
         self._dead: DeclaredDead | None = None
@@ -116,33 +122,35 @@ class Engine:
             for name, part in (
                 ("committer", self._committer.run),
                 ("doorbell", self._doorbell.run),
+                ("stop", self._stop),
             )
         ]
         try:
-            await self._register()
+            await self._until_failure(self._register(), background)
             background.append(asyncio.create_task(self._caretaker.run(), name="caretaker"))
             background.append(asyncio.create_task(self._measure_lag(), name="lag"))
             self._claiming = True
             await self._until_failure(self._claim_until_drained(), background)
             self._claiming = False
             await self._until_failure(self._drained(), background)
-            await self._claimant.unregister()
+            await self._until_failure(self._claimant.unregister(), background)
+        except _StoppedError:
+            pass
         finally:
             self._claiming = False
             await self._dismantle(background)
 
     def drain(self) -> None:
         """Stop claiming; `run` returns when what is in flight has ended or the grace time is over."""
+        if not self._registered:
+            self.stop()  # nothing is in flight, and the database may be away
         self._draining = True
         self._changed.set()
 
     def stop(self) -> None:
-        """End now: whatever is in flight is left to whoever reclaims it."""
+        """End now, whatever the database does: what is in flight is left to whoever reclaims it."""
         self._draining = True
-        for task in self._tasks:
-            task.cancel()
-        self._flying.clear()
-        self._changed.set()
+        self._stopped.set()
 
     def vitals(self) -> Vitals:
         """Return the counters that a beat carries to the supervisor."""
@@ -168,6 +176,11 @@ class Engine:
             queues=self._queues,
             names=self._names,
         )
+        self._registered = True
+
+    async def _stop(self) -> None:
+        await self._stopped.wait()
+        raise _StoppedError
 
     async def _until_failure(self, work: Any, background: Sequence[asyncio.Task[Any]]) -> None:
         """Await `work`, or the first background part that fails: none of them ends by itself."""
@@ -179,11 +192,19 @@ class Engine:
                     task.result()
         finally:
             main.cancel()
+            await asyncio.wait({main}, timeout=CUT_SECONDS)
 
     async def _dismantle(self, background: Sequence[asyncio.Task[Any]]) -> None:
-        for task in (*background, *self._tasks):
+        """Cancel everything. What does not come back in time is left behind; it can write nothing any more."""
+        ending = {*background, *self._tasks}
+        for task in ending:
             task.cancel()
-        await asyncio.gather(*background, *self._tasks, return_exceptions=True)
+        ended, left = await asyncio.wait(ending, timeout=CUT_SECONDS)
+        for task in ended:
+            if not task.cancelled():
+                task.exception()  # seen: `run` raises the one that counts
+        if left:
+            logger.warning("%d executions do not let themselves be cancelled and are left behind", len(left))
         self._executor.close()
         for part in (self._transactions, self._doorbell, self._claimant, self._committer):
             await part.close()
