@@ -225,10 +225,10 @@ class Engine:
     async def run_once(self) -> int:
         """Claim once from each queue, as far as there are free slots; return how many tasks were claimed."""
         claimed = 0
+        self._changed.clear()  # before the first look: what is rung for during the others must not be forgotten
         for turn in range(len(self._queues)):
             queue = self._queues[(self._rotation + turn) % len(self._queues)]
             free = self._settings.concurrency - len(self._flying)
-            self._changed.clear()
             claims = await self._claimant.claim(queue, self._names, max(0, free))
             await self._start(claims)
             claimed += len(claims)
@@ -245,7 +245,9 @@ class Engine:
             await self._wait(CANCEL_SECONDS)
             return
         await self._claimant.idle(self._queues, self._settings.doorbell_seconds)
-        if await self.run_once() == 0 and not self._draining:  # what came before the lease was seen
+        if self._draining or await self.run_once():  # what came before the lease was seen
+            return
+        if not self._draining:
             await self._wait(self._settings.poll_seconds)
 
     async def _wait(self, seconds: float) -> None:
@@ -336,6 +338,8 @@ class Engine:
                 self._alone = False
                 await self._start(claims)
                 while self._flying and not self._draining:
+                    self._changed.clear()
+                    await self._start(await self._claimant.claim(queue, self._names, 0))  # cancellations
                     await self._wait(CANCEL_SECONDS)
                 self._alone = True
         finally:
