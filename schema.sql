@@ -364,16 +364,21 @@ as $$
 $$;
 
 -- Ask for the end of a run: inserts a wake task, which a worker applies. A run that waits or is pending
--- ends at once, one that a worker executes at its next step. Answers whether the run was open.
+-- ends at once, one that a worker executes at its next step. It is meant for this epoch: a retry that comes
+-- before it is applied is not cancelled. Answers whether the run was open.
 create function stepwell.cancel(run uuid) returns boolean
     language plpgsql security definer
     set search_path = pg_catalog, stepwell, pg_temp
 as $$
+declare
+    meant int;
 begin
-    if not exists (select from runs r where r.id = run and r.state = 'open') then
+    select r.epoch into meant from runs r where r.id = run and r.state = 'open';
+    if not found then
         return false;
     end if;
-    insert into tasks (run_id, kind, name, queue, priority, fresh) values (run, 'wake', 'cancel', 'stepwell', 0, false);
+    insert into tasks (run_id, kind, name, queue, priority, fresh, args)
+    values (run, 'wake', 'cancel', 'stepwell', 0, false, json_build_object('epoch', meant));
     perform ring('stepwell');
     return true;
 end
@@ -584,7 +589,7 @@ begin
                     then extract(epoch from clock_timestamp() - coalesce(t.due_at, r.created_at))::float8 end,
                extract(epoch from r.deadline_at - clock_timestamp())::float8,
                extract(epoch from clock_timestamp() - t.started_at)::float8, clock_timestamp(),
-               r.epoch, r.created_at, r.version, r.labels::text, r.input::text
+               coalesce(r.epoch, (t.args ->> 'epoch')::int), r.created_at, r.version, r.labels::text, r.input::text
         from unnest(ids) i
         join tasks t on t.id = i
         left join runs r on r.id = t.run_id and t.kind = 'run';
@@ -746,8 +751,8 @@ as $$
     where o.worker = me
 $$;
 
--- Part of flush_v1: apply cancellations and delete their wake tasks. The target rows are locked. A run that a worker executes is
--- told at its next flush; any other ends here.
+-- Part of flush_v1: apply cancellations and delete their wake tasks. The target rows are locked. A run that a
+-- worker executes is told at its next flush; any other ends here, and one in a later epoch was not meant.
 create function stepwell.wake_v1(me bigint, items stepwell.transition_v1[], verdicts int[]) returns void
     language plpgsql
     set search_path = pg_catalog, stepwell, pg_temp
@@ -760,11 +765,14 @@ declare
     idle bigint[];
 begin
     update tasks t set cancelling = true, wakeups = t.wakeups + 1
-    from (select distinct x.run_id from unnest(items) x where x.then = 'wake' and verdicts[x.i] % 4 = 1) x
+    from (select distinct x.run_id from unnest(items) x join runs r on r.id = x.run_id and r.epoch = x.epoch
+          where x.then = 'wake' and verdicts[x.i] % 4 = 1) x
     where t.run_id = x.run_id and t.path = '{}' and t.kind in ('run', 'step') and t.state = 'claimed';
 
     select array_agg(distinct t.id) into idle
-    from unnest(items) x join tasks t on t.run_id = x.run_id and t.path = '{}' and t.kind in ('run', 'step')
+    from unnest(items) x
+    join runs r on r.id = x.run_id and r.epoch = x.epoch
+    join tasks t on t.run_id = x.run_id and t.path = '{}' and t.kind in ('run', 'step')
     where x.then = 'wake' and verdicts[x.i] % 4 = 1 and t.state <> 'claimed';
     if idle is not null then
         perform stepwell.end_v1(me, idle, 'cancelled', null);
