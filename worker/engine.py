@@ -296,6 +296,8 @@ class Engine:
                 del self._flying[advance.claim.task]
             if advance.parked:
                 self._caretaker.poke()
+            if not self._flying:
+                self._count_slots()
             self._changed.set()
 
     async def _wake(self, claim: Claim) -> None:
