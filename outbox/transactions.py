@@ -62,18 +62,19 @@ def execute_in(tx: Transaction, statement: Statement[T]) -> T:
     if isinstance(tx, psycopg.Connection):
         _require_transaction(tx)
         return execute(tx, statement)
-    if (orm := _loaded("sqlalchemy.orm")) and isinstance(tx, orm.scoped_session):
-        tx = tx()
-    if orm and isinstance(tx, orm.Session):
-        tx = tx.connection()
-    if (core := _loaded("sqlalchemy")) and isinstance(tx, core.Connection):
-        _require_psycopg(tx)
-        _require_transaction(tx.connection.driver_connection)
+    joined: Any = tx
+    if (orm := _loaded("sqlalchemy.orm")) and isinstance(joined, orm.scoped_session):
+        joined = joined()
+    if orm and isinstance(joined, orm.Session):
+        joined = joined.connection()
+    if (core := _loaded("sqlalchemy")) and isinstance(joined, core.Connection):
+        _require_psycopg(joined)
+        _require_transaction(joined.connection.driver_connection)
         with explained():
-            rows = tx.exec_driver_sql(
+            result = joined.exec_driver_sql(
                 statement.sql, dict(statement.parameters), execution_options=_PLAIN_CURSOR
-            ).all()
-        return statement.decode(rows)
+            )
+        return statement.decode(result.all())
     raise _misfit(tx, _SYNC, "Client", "AsyncClient" if _is_async(tx) else None)
 
 
@@ -82,15 +83,16 @@ async def execute_in_async(tx: AsyncTransaction, statement: Statement[T]) -> T:
     if isinstance(tx, psycopg.AsyncConnection):
         _require_transaction(tx)
         return await execute_async(tx, statement)
-    if (asyncio := _loaded("sqlalchemy.ext.asyncio")) and isinstance(tx, asyncio.async_scoped_session):
-        tx = tx()
-    if asyncio and isinstance(tx, asyncio.AsyncSession):
-        tx = await tx.connection()
-    if asyncio and isinstance(tx, asyncio.AsyncConnection):
-        _require_psycopg(tx)
-        _require_transaction((await tx.get_raw_connection()).driver_connection)
+    joined: Any = tx
+    if (asyncio := _loaded("sqlalchemy.ext.asyncio")) and isinstance(joined, asyncio.async_scoped_session):
+        joined = joined()
+    if asyncio and isinstance(joined, asyncio.AsyncSession):
+        joined = await joined.connection()
+    if asyncio and isinstance(joined, asyncio.AsyncConnection):
+        _require_psycopg(joined)
+        _require_transaction((await joined.get_raw_connection()).driver_connection)
         with explained():
-            result = await tx.exec_driver_sql(
+            result = await joined.exec_driver_sql(
                 statement.sql, dict(statement.parameters), execution_options=_PLAIN_CURSOR
             )
         return statement.decode(result.all())
