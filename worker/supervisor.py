@@ -145,8 +145,9 @@ class Supervisor:
     # -- from outside ------------------------------------------------------------------------------
 
     async def run(self) -> int:
-        """Run until drained; return the exit status, with `complaint` set where it is 2. Once per object.
+        """Run until drained; return the exit status. Once per object.
 
+        Where it is 2, `complaint` holds the sentence for the person at the terminal; it is not logged.
         SIGTERM and SIGINT are handled meanwhile if this is the main thread.
         """
         works = (self._heartbeat.run(), self._undertaker.run(), self._pulse())
@@ -310,7 +311,6 @@ class Supervisor:
 
     def _fail(self, complaint: str) -> None:
         if self.complaint is None:
-            logger.error("the supervisor ends: %s", complaint)
             self.complaint, self._status = complaint, EXIT_CONFIG
             self.drain()
 

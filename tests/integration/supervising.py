@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from outbox.settings import Settings
 from tests.waiting import wait_until_async
 from worker.liveness import Detector
 from worker.supervisor import Event, Supervisor
+
+until = partial(wait_until_async, timeout=30)
+"""Starting a process takes its time on a busy machine."""
 
 Db = psycopg.Connection[TupleRow]
 
@@ -52,6 +56,11 @@ class Supervised:
 
     def count(self, kind: str) -> int:
         return sum(event.kind == kind for event in self.events)
+
+    def lose_patience(self, after_seconds: float) -> None:
+        """From now on, hold a child for hung so soon; how long one takes to start does not matter then."""
+        for child in self.supervisor._children.values():
+            child._watchdog._hang_after_seconds = after_seconds
 
     @property
     def pids(self) -> list[int]:
@@ -131,4 +140,4 @@ async def wait_for_workers(db: Db, number: int) -> list[tuple[int, int]]:
         found = workers(db)
         return found if len(found) == number else []
 
-    return await wait_until_async(enough, what=f"{number} workers")
+    return await until(enough, what=f"{number} workers")

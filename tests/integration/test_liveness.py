@@ -7,7 +7,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Self
+from typing import Self
 
 import psycopg
 import pytest
@@ -18,101 +18,12 @@ from outbox.settings import Settings
 from tests.postgres import Cluster
 from tests.waiting import wait_until_async
 from worker import liveness
-from worker.liveness import Detector, Observer, Sighting, Undertaker, Verdict, reclaim, sightings
-from worker.vitals import Unchanged
+from worker.liveness import Detector, Sighting, Undertaker, reclaim, sightings
 
 Db = psycopg.Connection[TupleRow]
 Adb = psycopg.AsyncConnection[TupleRow]
 
 SETTINGS = Settings(beat_seconds=1.0, lost_lock_seconds=3.0, lease_seconds=15.0)
-
-
-# -- judging -----------------------------------------------------------------------------------------
-
-
-def test_a_value_is_unchanged_for_as_long_as_somebody_looked() -> None:
-    watched = Unchanged(longest_gap_seconds=2.0)
-    assert watched.see("a", 10.0) == 0.0
-    assert watched.see("a", 11.0) == 1.0
-    assert watched.see("a", 11.5) == 1.5
-    assert watched.see("b", 12.0) == 0.0
-    assert watched.see("a", 13.0) == 0.0
-
-
-def test_a_gap_between_two_looks_counts_little() -> None:
-    watched = Unchanged(longest_gap_seconds=2.0)
-    watched.see("a", 0.0)
-    assert watched.see("a", 3600.0) == 2.0
-
-
-class Looks:
-    """An observer that looks once a second at one worker."""
-
-    def __init__(self, *, settle_seconds: float = 0.0) -> None:
-        self.observer = Observer(SETTINGS, settle_seconds=settle_seconds)
-        self.now = 1000.0
-
-    def at(
-        self, beat: int, *, locked: bool, buried: bool = False, own: tuple[int, ...] = ()
-    ) -> list[Verdict]:
-        self.now += 1.0
-        return self.observer.look([Sighting(7, beat, buried, locked)], self.now, own=own)
-
-    def until_verdict(self, most: int = 100, **seen: Any) -> tuple[int, Detector]:
-        for looked in range(1, most + 1):
-            if verdicts := self.at(**seen):
-                (verdict,) = verdicts
-                assert verdict.worker_id == 7
-                return looked, verdict.detector
-        raise AssertionError("nobody was held for dead")
-
-
-def test_a_worker_that_beats_is_alive_without_its_lock() -> None:
-    looks = Looks()
-    assert not any(looks.at(beat, locked=False) for beat in range(50))
-
-
-def test_no_beat_and_no_lock_is_a_lost_lock_after_three_seconds() -> None:
-    assert Looks().until_verdict(beat=1, locked=False) == (4, "lost_lock")
-
-
-def test_no_beat_under_a_held_lock_takes_the_lease() -> None:
-    assert Looks().until_verdict(beat=1, locked=True) == (16, "lease")
-
-
-def test_the_lock_must_be_absent_throughout() -> None:
-    looks = Looks()
-    for locked in (False, False, False, True, False, False, False):
-        assert not looks.at(1, locked=locked)
-    assert looks.at(1, locked=False)[0].detector == "lost_lock"
-
-
-def test_a_lock_that_is_lost_late_counts_from_when_it_was_lost() -> None:
-    looks = Looks()
-    for _ in range(8):
-        assert not looks.at(1, locked=True)
-    assert looks.until_verdict(beat=1, locked=False) == (4, "lost_lock")
-
-
-def test_an_observer_that_was_away_has_seen_nothing() -> None:
-    looks = Looks()
-    looks.at(1, locked=True)
-    looks.now += 3600
-    assert not looks.at(1, locked=True)
-    assert not looks.at(2, locked=True)
-
-
-def test_own_workers_are_not_judged() -> None:
-    looks = Looks()
-    assert not any(looks.at(1, locked=False, own=(7,)) for _ in range(50))
-
-
-def test_after_an_outage_nobody_is_judged_before_the_others_can_be_back() -> None:
-    assert Looks(settle_seconds=2.0).until_verdict(beat=1, locked=False) == (6, "lost_lock")
-
-
-def test_a_reclaim_that_was_cut_short_is_taken_up_although_the_lock_is_held() -> None:
-    assert Looks().until_verdict(beat=1, locked=True, buried=True) == (4, "lease")
 
 
 # -- in the database ---------------------------------------------------------------------------------

@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 
 from outbox.database import connect
-from outbox.errors import ConfigError
-from outbox.settings import Settings
 from tests.integration.supervising import (
     Db,
     claims,
@@ -22,122 +20,12 @@ from tests.integration.supervising import (
     is_gone,
     lone_supervisor,
     supervising,
+    until,
     wait_for_workers,
     workers,
 )
 from tests.postgres import Cluster
-from tests.waiting import wait_until_async
 from worker import children, supervisor
-from worker.children import Backoff
-from worker.pipe import EXIT_DECLARED_DEAD, Briefing
-from worker.supervisor import Supervisor
-from worker.vitals import Vitals, Watchdog
-
-# -- rules, without processes ------------------------------------------------------------------------
-
-
-def test_a_first_crash_is_followed_by_a_new_child_at_once() -> None:
-    assert Backoff().after(1, lived_seconds=0.1) == 0.0
-
-
-def test_children_that_keep_dying_young_are_replaced_ever_more_slowly() -> None:
-    backoff = Backoff()
-    waits = [backoff.after(-11, lived_seconds=1.0) for _ in range(12)]
-    assert waits[:5] == [0.0, 0.25, 0.5, 1.0, 2.0]
-    assert waits[-1] == children.BACKOFF_LONGEST_SECONDS
-
-
-def test_a_child_that_lived_ends_the_slowness() -> None:
-    backoff = Backoff()
-    for _ in range(5):
-        backoff.after(1, lived_seconds=1.0)
-    assert backoff.after(1, lived_seconds=60.0) == 0.0
-    assert backoff.after(1, lived_seconds=1.0) == 0.0
-
-
-def test_a_child_that_was_declared_dead_is_replaced_at_once() -> None:
-    backoff = Backoff()
-    assert [backoff.after(EXIT_DECLARED_DEAD, lived_seconds=1.0) for _ in range(3)] == [0.0, 0.0, 0.0]
-    assert backoff.after(EXIT_DECLARED_DEAD, lived_seconds=1.0) > 0.0
-
-
-class Watched:
-    """A child that is looked at four times a second."""
-
-    def __init__(self) -> None:
-        self.dog = Watchdog(Settings(stopped_after_seconds=5, hang_after_seconds=120))
-        self.now = 0.0
-
-    def look(
-        self, seconds: float, *, beating: bool = True, stopped: bool = False, vitals: Vitals | None = None
-    ) -> str | None:
-        said = None
-        for _ in range(int(seconds * 4)):
-            self.now += 0.25
-            beats = int(self.now * 2) if beating else -1
-            said = said or self.dog.look(stopped=stopped, beats=beats, vitals=vitals, now=self.now)
-        return said
-
-
-def vitals(*, flushes: int = 0, pending: int = 0, connected: bool = True) -> Vitals:
-    return Vitals(1, flushes, pending, connected, claiming=True, in_flight=0)
-
-
-def test_a_child_that_beats_is_left_alone() -> None:
-    assert Watched().look(1000, vitals=vitals()) is None
-
-
-def test_a_stopped_child_is_killed_after_five_seconds() -> None:
-    watched = Watched()
-    assert watched.look(4, stopped=True, beating=False) is None
-    assert "stopped" in (watched.look(2, stopped=True, beating=False) or "")
-
-
-def test_a_child_that_is_continued_in_time_is_left_alone() -> None:
-    watched = Watched()
-    for _ in range(10):
-        assert watched.look(4, stopped=True, beating=False) is None
-        assert watched.look(1) is None
-
-
-def test_a_child_that_never_beats_is_killed() -> None:
-    watched = Watched()
-    assert watched.look(119, beating=False) is None
-    assert "event loop" in (watched.look(2, beating=False) or "")
-
-
-def test_a_committer_with_work_and_a_connection_must_make_progress() -> None:
-    watched = Watched()
-    assert watched.look(1000, vitals=vitals(pending=0)) is None
-    assert watched.look(1000, vitals=vitals(pending=3, connected=False)) is None
-    assert watched.look(119, vitals=vitals(pending=3)) is None
-    assert watched.look(119, vitals=vitals(pending=3, flushes=1)) is None
-    assert "committer" in (watched.look(2, vitals=vitals(pending=3, flushes=1)) or "")
-
-
-def test_a_supervisor_that_was_stopped_itself_kills_nobody() -> None:
-    dog = Watchdog(Settings())
-    dog.look(stopped=False, beats=1, vitals=None, now=0.0)
-    assert dog.look(stopped=True, beats=1, vitals=None, now=10_000.0) is None
-
-
-def test_a_briefing_arrives_as_it_was(tmp_path: Path) -> None:
-    briefing = Briefing(
-        settings=Settings(database_url="postgresql://u:secret@h/d", data_dir=tmp_path, concurrency=7),
-        url="postgresql://u:secret@h/d",
-        app="shop.flows",
-        worker_id=2**63 - 1,
-        supervisor_id=1,
-        queues=("a", "b"),
-        log_level=logging.DEBUG,
-    )
-    assert Briefing.from_line(briefing.to_line()) == briefing
-
-
-def test_no_processes_are_a_mistake() -> None:
-    with pytest.raises(ConfigError, match="at least 1"):
-        Supervisor(Settings(), "postgresql://", app="flows", processes=0)
-
 
 # -- children ----------------------------------------------------------------------------------------
 
@@ -145,11 +33,11 @@ def test_no_processes_are_a_mistake() -> None:
 async def test_children_are_registered_locked_and_beaten_for(db: Db, database_url: str) -> None:
     async with supervising(database_url, processes=2) as it:
         found = await wait_for_workers(db, 2)
-        await wait_until_async(lambda: it.supervisor.vitals().claiming)
+        await until(lambda: it.supervisor.vitals().claiming)
         assert {pid for _, pid in found} == {child.pid for child in it.supervisor.vitals().children}
         assert advisory_locks(db) == {worker_id for worker_id, _ in found}
         before = beats(db)
-        await wait_until_async(lambda: all(beats(db)[each] > before[each] for each in before))
+        await until(lambda: all(beats(db)[each] > before[each] for each in before))
         seen = it.supervisor.vitals()
         assert (seen.alive, seen.connected, seen.schema_ok) == (True, True, True)
 
@@ -168,81 +56,82 @@ def contents(pid: int, file: str) -> bytes:
 async def test_a_killed_child_is_reclaimed_at_once_and_replaced(db: Db, database_url: str) -> None:
     enqueue(db, 3)
     async with supervising(database_url) as it:
-        await wait_until_async(lambda: 3 in claims(db).values())
+        await until(lambda: 3 in claims(db).values())
         ((dead, pid),) = workers(db)
         killed_at = time.monotonic()
         os.kill(pid, signal.SIGKILL)
-        await wait_until_async(lambda: dead not in claims(db))
+        await until(lambda: dead not in claims(db))
         assert time.monotonic() - killed_at < 1.0
-        await wait_until_async(lambda: 3 in claims(db).values())
+        await until(lambda: 3 in claims(db).values())
         assert dead not in claims(db)
-        await wait_until_async(lambda: it.reclaims == [("obituary", 3)])
+        await until(lambda: it.reclaims == [("obituary", 3)])
         assert dead not in dict(workers(db))
-        await wait_until_async(lambda: advisory_locks(db) == set(it.worker_ids))
+        await until(lambda: advisory_locks(db) == set(it.worker_ids))
 
 
 async def test_a_stopped_child_is_killed_and_replaced(db: Db, database_url: str) -> None:
     enqueue(db, 1)
     async with supervising(database_url) as it:
-        await wait_until_async(lambda: 1 in claims(db).values())
+        await until(lambda: 1 in claims(db).values())
         ((dead, pid),) = workers(db)
         os.kill(pid, signal.SIGSTOP)
-        await wait_until_async(lambda: 1 in claims(db).values() and dead not in claims(db))
+        await until(lambda: 1 in claims(db).values() and dead not in claims(db))
         assert is_gone(pid)
-        await wait_until_async(lambda: it.reclaims == [("obituary", 1)])
+        await until(lambda: it.reclaims == [("obituary", 1)])
 
 
 @pytest.mark.parametrize("behaviour", ["mute", "stuck"])
 async def test_a_child_that_hangs_is_killed(db: Db, database_url: str, behaviour: str) -> None:
-    async with supervising(database_url, behaviour, settings={"hang_after_seconds": 1.0}) as it:
-        await wait_until_async(lambda: it.count("exited") >= 1)
+    async with supervising(database_url, behaviour) as it:
+        await until(lambda: len(it.pids) == 1)
+        it.lose_patience(after_seconds=1.0)
+        await until(lambda: it.count("exited") >= 1)
         assert "SIGKILL" in next(event.detail for event in it.events if event.kind == "exited")
-        await wait_until_async(lambda: it.count("spawned") >= 2)
+        await until(lambda: it.count("spawned") >= 2)
 
 
 async def test_a_child_that_was_declared_dead_is_replaced_by_a_fresh_one(
     database_url: str, tmp_path: Path
 ) -> None:
     async with supervising(database_url, f"declared dead:{tmp_path}") as it:
-        await wait_until_async(lambda: it.supervisor.vitals().claiming)
+        await until(lambda: it.supervisor.vitals().claiming)
         assert [event.detail for event in it.events if event.kind == "exited"] == ["exited with status 75"]
 
 
 async def test_a_child_that_an_observer_buried_is_told_so(db: Db, database_url: str) -> None:
     async with supervising(database_url) as it:
-        await wait_until_async(lambda: it.supervisor.vitals().claiming)
+        await until(lambda: it.supervisor.vitals().claiming)
         ((dead, _),) = workers(db)
         db.execute("select stepwell.bury_v1(%s)", [dead])
-        await wait_until_async(lambda: it.count("exited") == 1 and it.supervisor.vitals().claiming)
+        await until(lambda: it.count("exited") == 1 and it.supervisor.vitals().claiming)
         assert dead not in it.worker_ids
-        await wait_until_async(lambda: dead not in dict(workers(db)))
+        await until(lambda: dead not in dict(workers(db)))
 
 
 async def test_crashing_children_do_not_spin(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(children, "STEADY_SECONDS", 60.0)
     async with supervising(database_url, "crash") as it:
-        await wait_until_async(lambda: it.count("exited") == 3)
+        await until(lambda: it.count("exited") == 3)
         started = time.monotonic()
-        await wait_until_async(lambda: it.count("exited") == 5)
+        await until(lambda: it.count("exited") == 5)
         assert time.monotonic() - started > 1.0
 
 
 async def test_a_mistake_in_the_configuration_ends_the_supervisor_with_the_sentence(
-    db: Db, database_url: str, caplog: pytest.LogCaptureFixture
+    database_url: str,
 ) -> None:
     async with supervising(database_url, "misconfigured", processes=2) as it:
         assert await asyncio.wait_for(it.running, 10) == 2
         assert it.supervisor.complaint == "the app defines no workflow"
-        assert caplog.text.count("the app defines no workflow") == 1
 
 
 async def test_a_mistake_that_comes_later_leaves_the_others_alone(
     db: Db, database_url: str, tmp_path: Path
 ) -> None:
     async with supervising(database_url, f"misconfigured later:{tmp_path}") as it:
-        await wait_until_async(lambda: it.supervisor.vitals().claiming)
+        await until(lambda: it.supervisor.vitals().claiming)
         os.kill(it.pids[0], signal.SIGKILL)
-        await wait_until_async(lambda: it.count("exited") >= 2)
+        await until(lambda: it.count("exited") >= 2)
         assert not it.running.done()
 
 
@@ -250,7 +139,7 @@ async def test_a_child_that_cannot_be_started_is_tried_again(
     database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with supervising(database_url, child_command=["/nonexistent/python"]):
-        await wait_until_async(lambda: caplog.text.count("cannot be started") >= 2)
+        await until(lambda: caplog.text.count("cannot be started") >= 2)
 
 
 # -- the end -----------------------------------------------------------------------------------------
@@ -259,7 +148,7 @@ async def test_a_child_that_cannot_be_started_is_tried_again(
 async def test_sigterm_drains(db: Db, database_url: str) -> None:
     enqueue(db, 2)
     async with supervising(database_url, processes=2) as it:
-        await wait_until_async(lambda: len(it.pids) == 2)
+        await until(lambda: len(it.pids) == 2)
         os.kill(os.getpid(), signal.SIGTERM)
         assert await asyncio.wait_for(it.running, 10) == 0
     assert workers(db) == []
@@ -274,9 +163,9 @@ async def test_what_a_child_leaves_behind_is_reclaimed_when_it_is_told_to_stop(
     monkeypatch.setattr(supervisor, "STOP_SECONDS", 0.2)
     enqueue(db, 2)
     async with supervising(database_url, "stubborn") as it:
-        await wait_until_async(lambda: len(it.pids) == 1)
+        await until(lambda: len(it.pids) == 1)
         os.kill(os.getpid(), signal.SIGINT)
-        await wait_until_async(lambda: it.count("draining") == 1)
+        await until(lambda: it.count("draining") == 1)
         assert not it.running.done()
         os.kill(os.getpid(), signal.SIGINT)
         assert await asyncio.wait_for(it.running, 10) == 1
@@ -290,7 +179,7 @@ async def test_a_child_that_outlives_the_grace_time_is_killed(
     monkeypatch.setattr(supervisor, "STOP_SECONDS", 0.1)
     monkeypatch.setattr(supervisor, "MARGIN_SECONDS", 0.1)
     async with supervising(database_url, "stubborn", settings={"grace_seconds": 0.3}) as it:
-        await wait_until_async(lambda: len(it.pids) == 1)
+        await until(lambda: len(it.pids) == 1)
         it.supervisor.drain()
         assert await asyncio.wait_for(it.running, 10) == 1
     assert workers(db) == []
@@ -312,7 +201,7 @@ async def test_ctrl_c_in_a_terminal_drains(db: Db, database_url: str) -> None:
     with lone_supervisor(database_url, processes=2) as process:
         await wait_for_workers(db, 2)
         os.killpg(process.pid, signal.SIGINT)
-        await wait_until_async(lambda: process.poll() is not None)
+        await until(lambda: process.poll() is not None)
         assert process.returncode == 0
     assert workers(db) == []
 
@@ -325,20 +214,20 @@ async def test_no_child_outlives_its_supervisor(db: Db, database_url: str) -> No
     with lone_supervisor(database_url, processes=2) as process:
         pids = [pid for _, pid in await wait_for_workers(db, 2)]
         process.kill()
-        await wait_until_async(lambda: all(is_gone(pid) for pid in pids), timeout=5)
+        await until(lambda: all(is_gone(pid) for pid in pids))
 
 
 @pytest.mark.crash
 async def test_a_dead_tree_is_reclaimed_by_the_other_supervisor(db: Db, database_url: str) -> None:
     enqueue(db, 4)
     async with supervising(database_url, processes=1) as it:
-        await wait_until_async(lambda: len(it.pids) == 1)
+        await until(lambda: len(it.pids) == 1)
         with lone_supervisor(database_url, processes=2) as process:
             enqueue(db, 4)
             await wait_for_workers(db, 3)
             os.killpg(process.pid, signal.SIGKILL)
-            await wait_until_async(lambda: len(workers(db)) == 1)
-        await wait_until_async(lambda: [detector for detector, _ in it.reclaims] == ["lost_lock"] * 2)
+            await until(lambda: len(workers(db)) == 1)
+        await until(lambda: [detector for detector, _ in it.reclaims] == ["lost_lock"] * 2)
         assert set(claims(db)) == set(it.worker_ids)
 
 
@@ -347,12 +236,12 @@ async def test_a_stopped_tree_is_reclaimed_after_the_lease_and_starts_afresh(
     db: Db, database_url: str
 ) -> None:
     async with supervising(database_url) as it:
-        await wait_until_async(lambda: len(it.pids) == 1)
+        await until(lambda: len(it.pids) == 1)
         with lone_supervisor(database_url) as process:
             frozen = set(dict(await wait_for_workers(db, 2))) - set(it.worker_ids)
             os.killpg(process.pid, signal.SIGSTOP)
-            await wait_until_async(lambda: not frozen & set(dict(workers(db))))
-            await wait_until_async(lambda: [detector for detector, _ in it.reclaims] == ["lease"])
+            await until(lambda: not frozen & set(dict(workers(db))))
+            await until(lambda: [detector for detector, _ in it.reclaims] == ["lease"])
             os.killpg(process.pid, signal.SIGCONT)
             fresh = set(dict(await wait_for_workers(db, 2)))
             assert not frozen & fresh
@@ -363,12 +252,12 @@ async def test_a_stopped_tree_is_reclaimed_after_the_lease_and_starts_afresh(
 async def test_two_observers_reclaim_one_dead_worker_without_harm(db: Db, database_url: str) -> None:
     enqueue(db, 10)
     with lone_supervisor(database_url) as process:
-        await wait_until_async(lambda: 10 in claims(db).values())
+        await until(lambda: 10 in claims(db).values())
         async with supervising(database_url, "idle") as one, supervising(database_url, "idle") as other:
-            await wait_until_async(lambda: len(one.pids) == len(other.pids) == 1)
+            await until(lambda: len(one.pids) == len(other.pids) == 1)
             process.kill()
-            await wait_until_async(lambda: len(workers(db)) == 2)
-            await wait_until_async(lambda: one.reclaims or other.reclaims)
+            await until(lambda: len(workers(db)) == 2)
+            await until(lambda: one.reclaims or other.reclaims)
             assert sum(tasks for _, tasks in one.reclaims + other.reclaims) == 10
     row = db.execute("select max(interruptions) from stepwell.tasks").fetchone()
     assert row == (1,)
@@ -382,13 +271,13 @@ async def test_a_restart_of_the_database_reclaims_nobody(cluster: Cluster, datab
         supervising(database_url, processes=2) as one,
         supervising(database_url, processes=2) as other,
     ):
-        await wait_until_async(lambda: len(one.pids) == len(other.pids) == 2)
+        await until(lambda: len(one.pids) == len(other.pids) == 2)
         before = sorted(one.worker_ids + other.worker_ids)
         cluster.restart("immediate")
-        await wait_until_async(lambda: one.supervisor.vitals().connected)
-        await wait_until_async(lambda: other.supervisor.vitals().connected)
+        await until(lambda: one.supervisor.vitals().connected)
+        await until(lambda: other.supervisor.vitals().connected)
         with connect(database_url, application_name="test") as db:
-            await wait_until_async(lambda: sorted(advisory_locks(db)) == before)
+            await until(lambda: sorted(advisory_locks(db)) == before)
             await beats_for(db, seconds=3.0)
         assert one.reclaims == other.reclaims == []
         assert sorted(one.worker_ids + other.worker_ids) == before
@@ -397,7 +286,7 @@ async def test_a_restart_of_the_database_reclaims_nobody(cluster: Cluster, datab
 async def beats_for(db: Db, seconds: float) -> None:
     """Wait until each worker has been beaten for so often that any detector would have had its time."""
     target = {worker_id: beat + seconds / 0.1 * 0.8 for worker_id, beat in beats(db).items()}
-    await wait_until_async(lambda: all(beats(db)[each] > target[each] for each in target), timeout=30)
+    await until(lambda: all(beats(db)[each] > target[each] for each in target))
 
 
 async def test_a_child_that_dies_during_an_outage_is_reclaimed_afterwards(
@@ -406,23 +295,23 @@ async def test_a_child_that_dies_during_an_outage_is_reclaimed_afterwards(
     with connect(database_url, application_name="test") as db:
         enqueue(db, 2)
     async with supervising(database_url) as it:
-        await wait_until_async(lambda: len(it.pids) == 1)
+        await until(lambda: len(it.pids) == 1)
         cluster.stop("immediate")
         os.kill(it.pids[0], signal.SIGKILL)
-        await wait_until_async(lambda: it.count("exited") == 1)
-        await wait_until_async(lambda: not it.supervisor.vitals().connected)
+        await until(lambda: it.count("exited") == 1)
+        await until(lambda: not it.supervisor.vitals().connected)
         cluster.start()
-        await wait_until_async(lambda: it.reclaims == [("obituary", 2)])
-        await wait_until_async(lambda: it.supervisor.vitals().claiming)
+        await until(lambda: it.reclaims == [("obituary", 2)])
+        await until(lambda: it.supervisor.vitals().claiming)
 
 
 async def test_a_lost_session_takes_its_locks_again(db: Db, database_url: str) -> None:
     async with supervising(database_url, processes=2) as it:
-        await wait_until_async(lambda: len(it.pids) == 2)
+        await until(lambda: len(it.pids) == 2)
         ended = "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'stepwell supervisor%'"
         assert len(db.execute(ended).fetchall()) == 2
-        await wait_until_async(lambda: advisory_locks(db) == set())
-        await wait_until_async(lambda: advisory_locks(db) == set(it.worker_ids))
+        await until(lambda: advisory_locks(db) == set())
+        await until(lambda: advisory_locks(db) == set(it.worker_ids))
         assert it.reclaims == []
 
 
@@ -431,11 +320,11 @@ async def test_a_supervisor_waits_for_a_database_that_is_down_at_the_start(
 ) -> None:
     cluster.stop()
     async with supervising(database_url) as it:
-        await wait_until_async(lambda: "cannot be reached" in caplog.text)
+        await until(lambda: "cannot be reached" in caplog.text)
         assert it.count("spawned") == 0
         assert not it.supervisor.vitals().connected
         cluster.start()
-        await wait_until_async(lambda: it.supervisor.vitals().claiming)
+        await until(lambda: it.supervisor.vitals().claiming)
         assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) <= 2
 
 
