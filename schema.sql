@@ -697,7 +697,8 @@ begin
     group by w.kind, w.name, w.outcome order by w.kind, w.name, w.outcome
     on conflict (shard, kind, name, outcome) do update set value = c.value + excluded.value;
 
-    -- A move touches no indexed column, so it stays within its page (HOT).
+    -- A move touches no indexed column, so it stays within its page (HOT). A suspect that is given back without
+    -- progress remains one.
     update tasks t
     set position = t.position + 1,
         seq = t.seq + x.records,
@@ -710,6 +711,9 @@ begin
         claimed_by = case when x.then = 'move' then me end,
         state = case when x.then = 'move' then 'claimed'
                      when x.then = 'park' and t.wakeups = x.wakeups and not t.cancelling then 'waiting'
+                     when t.interruptions >= 2
+                          and (x.then = 'release' or x.doing is not distinct from t.doing
+                               or (t.doing is null and t.interrupted)) then 'suspect'
                      else 'ready' end,
         fresh = case when x.then = 'move' then t.fresh else false end,
         turn = case when x.then = 'move' then t.turn else nextval('stepwell.turns') end,
@@ -855,7 +859,8 @@ begin
         order by t.due_at limit at_most for update skip locked),
     turned as materialized (select due.id, nextval('stepwell.turns') as turn from due),
     readied as (
-        update tasks t set state = 'ready', turn = turned.turn from turned where t.id = turned.id returning t.queue)
+        update tasks t set state = case when t.interruptions >= 2 then 'suspect' else 'ready' end, turn = turned.turn
+        from turned where t.id = turned.id returning t.queue)
     select count(*), array_agg(distinct readied.queue) into promoted, rung from readied;
     perform ring(q) from unnest(rung) q;
     select extract(epoch from t.due_at - clock_timestamp()) into next_in
