@@ -394,16 +394,20 @@ as $$
 declare
     r runs;
     last_seq int;
+    opened timestamptz;
+    moment constant timestamptz := clock_timestamp();
 begin
     select * into r from runs where id = run and state in ('failed', 'cancelled', 'blocked') for update;
     if not found then
         return null;
     end if;
-    select coalesce(max(seq), 0) + 1 into last_seq from outbox where run_id = run;
-    insert into outbox (run_id, epoch, path, n, seq, kind, name, outcome)
-    values (run, r.epoch + 1, '{}', 1, last_seq, 'epoch', r.workflow, 'retry');
+    select coalesce(max(seq), 0) + 1, coalesce(max(at) filter (where kind = 'epoch'), r.created_at)
+    into last_seq, opened from outbox where run_id = run;
+    insert into outbox (run_id, epoch, path, n, seq, kind, name, outcome, at)
+    values (run, r.epoch + 1, '{}', 1, last_seq, 'epoch', r.workflow, 'retry', moment);
+    -- The deadline counted from enqueue, or from the retry before.
     update runs set state = 'open', epoch = r.epoch + 1, finished_at = null, output = null, error = null,
-                    deadline_at = clock_timestamp() + (r.deadline_at - r.created_at)
+                    deadline_at = moment + (r.deadline_at - opened)
     where id = run;
     insert into tasks (run_id, name, queue, priority, tenant, lane, fresh, seq)
     values (run, r.workflow, r.queue, r.priority, r.tenant, r.lane, false, last_seq);
