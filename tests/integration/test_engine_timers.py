@@ -1,0 +1,399 @@
+"""Sleeps, deadlines and cancellations: what happens to a run by the clock, or by somebody else."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from tenacity import stop_after_attempt, wait_fixed
+
+from tests.engines import Gate, Lab, until
+from tests.waiting import wait_until_async
+from worker import now, retrying, sleep, sleep_until, step, wait, workflow
+from worker.definitions import Registry, Workflow, collecting
+
+
+@pytest_asyncio.fixture
+async def lab(database_url: str) -> AsyncIterator[Lab]:
+    async with Lab(database_url) as opened:
+        yield opened
+
+
+async def lateness(lab: Lab) -> list[float]:
+    """Return by how many seconds each recorded sleep ended after it was due, as its step noted."""
+    rows = await lab.execute(
+        "select extract(epoch from o.at - (o.value #>> '{}')::timestamptz)::float8 from stepwell.outbox o"
+        " where o.kind = 'step'"
+    )
+    return [row[0] for row in rows]
+
+
+# -- sleep
+
+
+async def test_a_sleep_parks_the_run_and_holds_nothing(lab: Lab) -> None:
+    with collecting() as registry:
+
+        @workflow
+        async def asynchronous() -> str:
+            await sleep(0.6)
+            return "awake"
+
+        @workflow
+        def synchronous() -> str:
+            wait(sleep(timedelta(seconds=0.6)))
+            return "awake"
+
+    async with lab.engine(registry, concurrency=1) as engine:
+        runs = [await lab.enqueue(flow) for flow in (asynchronous, synchronous)]
+        for run in runs:
+            await lab.waits(run)
+            task = await lab.task(run)
+            assert task is not None
+            assert (task.claimed_by, task.doing) == (None, [1])
+            assert await lab.status(run) == "waiting"
+        assert engine.engine.vitals().in_flight == 0
+        for run in runs:
+            assert await lab.succeeded(run) == "awake"
+            assert await lab.history(run) == [("1", 0, "completed")]
+
+
+async def test_timers_are_precise_on_an_idle_engine(lab: Lab) -> None:
+    with collecting() as registry:
+
+        @step
+        async def woken(due: datetime) -> datetime:
+            return due
+
+        @workflow
+        async def sleeping(seconds: float) -> None:
+            due = now() + timedelta(seconds=seconds)
+            await sleep_until(due)
+            await woken(due)
+
+    async with lab.engine(registry):
+        for seconds in (0.3, 1.0, 1.6, 0.45):
+            await lab.enqueue(sleeping, {"seconds": seconds})
+        await lab.all_succeeded(4)
+    late = await lateness(lab)
+    assert len(late) == 4
+    assert min(late) >= 0
+    assert min(late) < 0.2  # tens of milliseconds; the bound leaves room for a busy machine
+    assert max(late) < 0.7
+
+
+async def test_zero_and_past_times_do_not_park(lab: Lab) -> None:
+    with collecting() as registry:
+
+        @workflow
+        async def hurried() -> str:
+            await sleep(0)
+            await sleep_until(datetime(2020, 1, 1, tzinfo=UTC))
+            await sleep_until(now() - timedelta(days=1))
+            return "done"
+
+    async with lab.engine(registry):
+        run = await lab.enqueue(hurried)
+        assert await lab.succeeded(run) == "done"
+        attempts = await lab.execute("select count(*) from stepwell.outbox where kind = 'sleep'")
+    assert attempts == [(3,)]
+    assert await lab.history(run) == [(str(n), 0, "completed") for n in (1, 2, 3)]
+
+
+async def test_a_thousand_sleepers_wake_and_none_is_forgotten(lab: Lab) -> None:
+    with collecting() as registry:
+
+        @workflow
+        async def sleeping(seconds: float) -> None:
+            await sleep(seconds)
+            await sleep(0.1)
+
+    async with lab.engine(registry):
+        await lab.enqueue_many(sleeping, [{"seconds": 0.2 + n / 2000} for n in range(1000)])
+        await lab.all_succeeded(1000)
+
+
+async def test_an_enqueue_with_a_delay_starts_when_it_is_due(lab: Lab) -> None:
+    with collecting() as registry:
+
+        @step
+        async def started(due: datetime) -> datetime:
+            return due
+
+        @workflow
+        async def delayed(due: datetime) -> None:
+            await started(due)
+
+    async with lab.engine(registry):
+        due = (await lab.execute("select clock_timestamp() + interval '0.5 s'"))[0][0]
+        await lab.enqueue(delayed, {"due": due.isoformat()}, at=due)
+        await lab.all_succeeded(1)
+    assert 0 <= (await lateness(lab))[0] < 0.7
+
+
+# -- deadline
+
+
+async def failed_by_deadline(lab: Lab, run: Any, within: float) -> None:
+    failed = await lab.ended(run)
+    assert failed.state == "failed"
+    assert failed.error["type"] == "outbox.errors.DeadlineExceeded"
+    rows = await lab.execute(
+        "select extract(epoch from finished_at - deadline_at)::float8 from stepwell.runs where id = %s", [run]
+    )
+    assert 0 <= rows[0][0] < within
+
+
+@pytest.mark.parametrize("kind", ["async", "def"])
+async def test_a_deadline_ends_a_running_step(lab: Lab, kind: str) -> None:
+    gate = Gate()
+    with collecting() as registry:
+
+        @step
+        async def asynchronous() -> None:
+            await gate.passed()
+
+        @step
+        def synchronous() -> None:
+            gate.passed_in_thread()
+
+        @workflow
+        async def late(kind: str) -> None:
+            if kind == "async":
+                await asynchronous()
+            else:
+                synchronous()
+
+    async with lab.engine(registry):
+        run = await lab.enqueue(late, {"kind": kind}, deadline=timedelta(seconds=0.6))
+        await gate.reached()
+        await failed_by_deadline(lab, run, 2)
+        gate.open()
+    assert await lab.history(run) == [("1", 1, "interrupted")]
+
+
+async def test_a_deadline_ends_a_sleep_and_a_wait_for_a_retry(lab: Lab) -> None:
+    with collecting() as registry:
+
+        @step(retry=retrying(stop=stop_after_attempt(9), wait=wait_fixed(3600)))
+        async def broken() -> None:
+            raise ValueError
+
+        @workflow
+        async def sleeping() -> None:
+            await sleep(3600)
+
+        @workflow
+        async def sleeping_until() -> None:
+            await sleep_until(now() + timedelta(hours=1))
+
+        @workflow
+        async def retrying_later() -> None:
+            await broken()
+
+    async with lab.engine(registry):
+        flows = (sleeping, sleeping_until, retrying_later)
+        runs = [await lab.enqueue(flow, deadline=timedelta(seconds=0.8)) for flow in flows]
+        for run in runs:
+            await lab.waits(run)
+        for run in runs:
+            await failed_by_deadline(lab, run, 2)
+
+
+async def test_a_deadline_that_passes_before_the_first_claim_executes_nothing(lab: Lab) -> None:
+    executed: list[int] = []
+    with collecting() as registry:
+
+        @step
+        async def work() -> None:
+            executed.append(1)
+
+        @workflow
+        async def late() -> None:
+            await work()
+
+    run = await lab.enqueue(late, deadline=timedelta(seconds=0.05))
+    delayed = await lab.enqueue(late, deadline=timedelta(seconds=0.3), delay=timedelta(seconds=0.5))
+    await asyncio.sleep(0.06)
+    async with lab.engine(registry):
+        await failed_by_deadline(lab, run, 10)
+        await failed_by_deadline(lab, delayed, 10)
+    assert executed == []
+
+
+async def test_a_deadline_that_is_kept_changes_nothing(lab: Lab) -> None:
+    with collecting() as registry:
+
+        @step(timeout=30)
+        async def work() -> str:
+            return "in time"
+
+        @workflow
+        async def timely() -> str:
+            await sleep(0.05)
+            return await work()
+
+    async with lab.engine(registry):
+        assert await lab.succeeded(await lab.enqueue(timely, deadline=timedelta(minutes=1))) == "in time"
+
+
+async def test_a_timeout_before_the_deadline_is_a_time_out_of_the_step(lab: Lab) -> None:
+    with collecting() as registry:
+
+        @step(timeout=0.1)
+        async def slow() -> None:
+            await asyncio.sleep(60)
+
+        @workflow
+        async def timing() -> None:
+            await slow()
+
+    async with lab.engine(registry):
+        failed = await lab.ended(await lab.enqueue(timing, deadline=timedelta(minutes=1)))
+    assert (failed.state, failed.error["type"]) == ("failed", "TimeoutError")
+
+
+# -- cancel
+
+
+def cancellable(gate: Gate, executed: list[int]) -> tuple[Registry, Workflow[..., Any]]:
+    with collecting() as registry:
+
+        @step
+        async def work(n: int) -> None:
+            executed.append(n)
+            await gate.passed()
+
+        @workflow
+        async def working(nap: float = 0) -> None:
+            if nap:
+                await sleep(nap)
+            await work(1)
+            await work(2)
+
+    return registry, working
+
+
+async def test_a_pending_run_is_cancelled_at_once(lab: Lab) -> None:
+    gate, executed = Gate(), list[int]()
+    registry, working = cancellable(gate, executed)
+    async with lab.engine(registry):
+        run = await lab.enqueue(working, delay=timedelta(hours=1))
+        assert await lab.cancel(run)
+        assert (await lab.ended(run)).state == "cancelled"
+        assert not await lab.cancel(run)
+        assert await lab.execute("select count(*) from stepwell.tasks") == [(0,)]
+    assert executed == []
+
+
+async def test_a_sleeping_run_is_cancelled_at_once(lab: Lab) -> None:
+    gate, executed = Gate(), list[int]()
+    registry, working = cancellable(gate, executed)
+    async with lab.engine(registry):
+        run = await lab.enqueue(working, {"nap": 3600})
+        await lab.waits(run)
+        started = time.monotonic()
+        await lab.cancel(run)
+        assert (await lab.ended(run)).state == "cancelled"
+        assert time.monotonic() - started < 5
+    assert executed == []
+
+
+async def test_a_running_run_is_cancelled_before_its_next_step(lab: Lab) -> None:
+    gate, executed = Gate(), list[int]()
+    registry, working = cancellable(gate, executed)
+    async with lab.engine(registry):
+        run = await lab.enqueue(working)
+        await gate.reached()
+        assert await lab.cancel(run)
+
+        async def told() -> bool:
+            rows = await lab.execute(
+                "select cancelling from stepwell.tasks where run_id = %s and kind = 'run'", [run]
+            )
+            return bool(rows and rows[0][0])
+
+        await until(told)
+        assert (await lab.run(run)).state == "open"
+        gate.open()
+        assert (await lab.ended(run)).state == "cancelled"
+    assert executed == [1]
+    assert await lab.history(run) == [("1", 0, "completed")]
+    assert await lab.totals("run") == {"cancelled": 1}
+
+
+async def test_a_run_is_cancelled_although_every_slot_is_taken(lab: Lab) -> None:
+    gate, executed = Gate(), list[int]()
+    registry, working = cancellable(gate, executed)
+    async with lab.engine(registry, concurrency=1):
+        await lab.enqueue(working)
+        await gate.reached()
+        waiting = await lab.enqueue(working)
+        await lab.cancel(waiting)
+        assert (await lab.ended(waiting)).state == "cancelled"
+        gate.open()
+
+
+async def test_a_cancellation_survives_the_worker_that_was_told(lab: Lab) -> None:
+    gate, executed = Gate(), list[int]()
+    registry, working = cancellable(gate, executed)
+    async with lab.engine(registry) as engine:
+        run = await lab.enqueue(working)
+        await gate.reached()
+        await lab.cancel(run)
+
+        async def told() -> bool:
+            rows = await lab.execute(
+                "select cancelling from stepwell.tasks where run_id = %s and kind = 'run'", [run]
+            )
+            return bool(rows and rows[0][0])
+
+        await until(told)
+        await engine.crash()
+    gate.open()
+    async with lab.engine(registry):
+        assert (await lab.ended(run)).state == "cancelled"
+    assert executed == [1]
+
+
+async def test_a_cancelled_run_can_be_retried_and_goes_on_where_it_was(lab: Lab) -> None:
+    gate, executed = Gate(), list[int]()
+    registry, working = cancellable(gate, executed)
+    async with lab.engine(registry):
+        run = await lab.enqueue(working)
+        await gate.reached()
+        await lab.cancel(run)
+        await lab.cancel(run)
+        await wait_until_async(lambda: True)
+        gate.open()
+        ended = await lab.ended(run)
+        if ended.state == "cancelled":  # it may have been faster
+            assert await lab.retry(run) == 1
+            assert (await lab.ended(run)).state == "succeeded"
+    assert executed == [1, 2]
+
+
+async def test_a_cancellation_of_a_run_that_has_ended_changes_nothing(lab: Lab) -> None:
+    gate, executed = Gate(), list[int]()
+    registry, working = cancellable(gate, executed)
+    async with lab.engine(registry):
+        run = await lab.enqueue(working)
+        await gate.reached()
+        other = Lab(lab.url)
+        await other.execute("begin")
+        await other.cancel(run)  # asked while it runs, committed when it has ended
+        gate.open()
+        await lab.succeeded(run)
+        await other.execute("commit")
+        await other.__aexit__()
+
+        async def applied() -> bool:
+            return await lab.execute("select count(*) from stepwell.tasks") == [(0,)]
+
+        await until(applied)
+        assert (await lab.run(run)).state == "succeeded"
