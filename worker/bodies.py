@@ -44,6 +44,12 @@ def resume(body: greenlet, value: Any) -> Any:
     return body.switch(value)
 
 
+def leave(value: Any) -> Any:
+    """Switch away from the body that runs now, to whoever resumed it; return what it is resumed with."""
+    driver: Any = getcurrent().parent  # every body has one
+    return driver.switch(value)
+
+
 def throw(body: greenlet, error: BaseException) -> Any:
     """Raise `error` in `body` where it switched away, and return what comes back."""
     here = getcurrent()
@@ -78,6 +84,6 @@ def _serve() -> None:
     """Run one main after the other, each handed over by `begin`."""
     answer: Any = None
     while True:
-        main = getcurrent().parent.switch(answer)
+        main = leave(answer)
         answer = main()
         del main

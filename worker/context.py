@@ -32,24 +32,31 @@ class Drive(Protocol):
 
     def step_call(self, step: Step[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Perform a def step and return its value; return an awaitable for an async one."""
+        ...
 
     def sleep_call(self, seconds: float | None, until: datetime | None) -> Awaitable[None]:
         """Return the awaitable of a durable sleep."""
+        ...
 
     def wait(self, awaitable: Awaitable[T]) -> T:
         """Perform the call behind an awaitable."""
+        ...
 
     def now(self) -> datetime:
         """Return the time of the last record delivered."""
+        ...
 
     def random(self) -> float:
         """Return the next number in [0, 1)."""
+        ...
 
     def uuid(self) -> _uuid.UUID:
         """Return the next UUID."""
+        ...
 
     def report(self, violation: BaseException) -> None:
         """Remember that the body did what a replay cannot repeat, even if it swallows the exception."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,4 +165,8 @@ def _wait_plainly(awaitable: Awaitable[T]) -> T:
     async def awaited() -> T:
         return await awaitable
 
-    return asyncio.run(awaited())
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(awaited())
+    raise ConfigError("wait() is for def bodies; here an event loop is running, so await the call instead")

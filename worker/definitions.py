@@ -72,6 +72,9 @@ NOT_DONE = _NotDone()
 class Definition(Generic[P, R]):
     """A registered function: its name, its signature, and the class it belongs to if it is a class method.
 
+    Type checkers do not bind an object below `@classmethod` to its class as they bind a function, so they miss
+    the class in calls of a class method; they follow static methods.
+
     `function` is what the engine calls, with a class method's class filled in; `plain` is what the user wrote.
     `skipped` counts the leading parameters that are no payload: a class, a session.
     """
@@ -100,17 +103,14 @@ class Definition(Generic[P, R]):
     def __set_name__(self, owner: type, name: str) -> None:
         self._owner = owner
 
-    @overload
-    def __get__(self, instance: None, owner: type, /) -> Self: ...
-    @overload
-    def __get__(self, instance: object, owner: type | None = None, /) -> Self: ...
-    def __get__(self, instance: object, owner: type | None = None, /) -> Any:
+    def __get__(self, instance: object, owner: type | None = None, /) -> Self:
         if not self._of_class:
             return self
         accessed = owner or type(instance)
-        return (
-            self if accessed is self._found_owner(accessed) else functools.partial(self._inherited, accessed)
-        )
+        if accessed is self._found_owner(accessed):
+            return self
+        inherited: Any = functools.partial(self._inherited, accessed)
+        return inherited  # type: ignore[no-any-return]  # called like the definition, which is what callers do
 
     def __repr__(self) -> str:
         return f"<{self.sort} {self.name} at {self.where}>"

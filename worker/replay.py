@@ -18,7 +18,7 @@ import hashlib
 import logging
 from collections.abc import Awaitable, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from uuid import UUID
 
 from greenlet import GreenletExit, getcurrent, greenlet  # type: ignore[import-untyped]  # ships no types
@@ -31,6 +31,7 @@ from worker.context import current_drive
 from worker.cursor import Cursor, described, mismatch
 from worker.decisions import Block, Decision, DoStep, Drift, Fail, Finish, Sleep
 from worker.frames import awaiting_line, calling_line
+from worker.guards import UNGUARDED, Guard
 from worker.records import Path, Record, RunFacts, dotted, visible
 
 if TYPE_CHECKING:
@@ -58,32 +59,6 @@ T = TypeVar("T")
 
 _MAX_REFUSALS = 100
 """How often a body may swallow the exception that ends it before it is abandoned."""
-
-
-class Guard(Protocol):
-    """What is switched off while a body runs."""
-
-    def enter(self) -> Any:
-        """Switch off; the result is handed to `leave`."""
-
-    def leave(self, before: Any) -> None:
-        """Switch on what was on before."""
-
-    def explain(self, error: Exception) -> str | None:
-        """Say what the body did, if `error` is how a library complains of what the guard has switched off."""
-
-
-class _Unguarded:
-    """Switches nothing off: for bodies that are trusted, as in tests of this module."""
-
-    def enter(self) -> None: ...
-
-    def leave(self, before: Any) -> None: ...
-
-    def explain(self, error: Exception) -> None: ...
-
-
-UNGUARDED: Guard = _Unguarded()
 
 
 class Replay:
@@ -241,6 +216,7 @@ class Replay:
         mark = fingerprint(arguments)
         try:
             record = self._cursor.final(path, "step", step.name)
+            decision: Decision | None = None
             if record is None:
                 decision = self._do_step(path, step, arguments, mark)
             elif record.fingerprint != mark and record.fingerprint is not None:
@@ -282,9 +258,11 @@ class Replay:
             if self._workflow.is_async:
                 result = self.wait(result)
             decision = self._returned(result)
-        except BaseException as error:  # user code: it must never take the worker down
+        except BaseException as error:  # noqa: BLE001 - user code: it must never take the worker down
             decision = self._raised(error)
         self._ended = True
+        if self._stop is not None:
+            self._stop.__traceback__ = None  # it holds the frames that hold us: a cycle for every parked run
         if isinstance(self._stop, GreenletExit):  # the greenlet is going away, with its thread
             raise self._stop
         return decision
@@ -338,7 +316,7 @@ class Replay:
         if self._workflow.strict:
             raise _other_arguments(drift.path, drift.name)
 
-    def _decide(self, path: Path, kind: str, decision: Decision) -> Record:
+    def _decide(self, path: Path, kind: str, decision: Decision | None) -> Record:
         """Switch away with a decision; what comes back is the record of the call."""
         self._pending = (path, kind)
         record: Record = self._away(decision)  # deliver() hands over nothing else
@@ -347,7 +325,7 @@ class Replay:
     def _away(self, decision: Decision | None) -> Any:
         """Leave the body until it is resumed. An exception that comes instead ends it, so it stays ended."""
         try:
-            return cast("greenlet", self._body).parent.switch(decision)
+            return bodies.leave(decision)
         except BaseException as error:
             if self._stop is None:
                 self._stop = error
@@ -389,7 +367,7 @@ class Replay:
             raise violation
         self._refusals += 1
         if self._refusals > _MAX_REFUSALS:
-            getcurrent().parent.switch(self._verdict)  # never resumed: see close()
+            bodies.leave(self._verdict)  # never resumed: see close()
         assert self._stop is not None
         raise self._stop
 
@@ -406,7 +384,7 @@ class Replay:
         for _ in range(_MAX_REFUSALS):
             try:
                 throw(violation)
-            except BaseException:  # it unwinds in one way or another
+            except BaseException:  # noqa: BLE001 - it unwinds in one way or another
                 return violation
         self._abandon(awaitable)
         return violation

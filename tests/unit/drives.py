@@ -11,8 +11,9 @@ from uuid import UUID
 from outbox.codec import encode, encode_fault
 from worker.decisions import Block, Decision, DoStep, Fail, Finish, Sleep
 from worker.definitions import Workflow
+from worker.guards import UNGUARDED, Guard
 from worker.records import Record, RunFacts
-from worker.replay import UNGUARDED, Guard, Replay
+from worker.replay import Replay
 
 CREATED = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 FACTS = RunFacts(UUID(int=7), "a workflow", CREATED, "seed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import gc
 import logging
 import subprocess
 import sys
@@ -357,6 +358,25 @@ class TestContexts:
             return variable.get()
 
         assert Run(flow).finish() == Finish('"unset"')
+
+    @pytest.mark.parametrize("finish", [True, False])
+    def test_a_drive_leaves_nothing_to_the_garbage_collector(self, finish: bool):
+        @workflow
+        async def flow() -> int:
+            return await beat() + await beat()
+
+        def drive() -> None:
+            run = Run(flow)
+            run.finish() if finish else run.start()
+
+        drive()
+        gc.collect()
+        gc.disable()
+        try:
+            drive()
+            assert gc.collect() == 0
+        finally:
+            gc.enable()
 
     def test_greenlets_are_used_again_for_other_bodies(self):
         @workflow
