@@ -241,7 +241,7 @@ $$;
 
 -- Enqueue one run for each input, in the caller's transaction; answers in the order of the inputs.
 -- A key that is known already gives the id of its first run and created = false, and its input is
--- ignored. Keys are inserted in sorted order, so that two callers cannot deadlock; a READ COMMITTED
+-- ignored. Without a queue it is the one that the workers publish for the workflow. Keys are inserted in sorted order, so that two callers cannot deadlock; a READ COMMITTED
 -- caller never sees an error for a conflict, stricter levels may see 40001.
 create function stepwell.enqueue_many(
     workflow text,
@@ -264,7 +264,10 @@ as $$
 #variable_conflict use_column
 declare
     many    constant int := coalesce(cardinality(inputs), 0);
-    v_queue constant text := coalesce(enqueue_many.queue, 'default');
+    v_queue constant text := coalesce(
+        enqueue_many.queue,
+        (select w.queue from workflows w where w.name = enqueue_many.workflow order by w.seen_at desc limit 1),
+        'default');
     due     constant timestamptz := coalesce(enqueue_many.at, clock_timestamp() + enqueue_many.delay);
     ids     uuid[];
     owners  uuid[];
@@ -973,6 +976,7 @@ begin
     if exists (select from pg_roles where rolname = 'stepwell_producer') then
         grant usage on schema stepwell to stepwell_producer;
         grant execute on function stepwell.enqueue, stepwell.enqueue_many, stepwell.cancel to stepwell_producer;
+        grant select on stepwell.workflows to stepwell_producer;      -- to check a name and an input; no payload
     end if;
     if exists (select from pg_roles where rolname = 'stepwell_viewer') then
         grant usage on schema stepwell to stepwell_viewer;
