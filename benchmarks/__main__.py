@@ -62,8 +62,7 @@ def table(taken: dict[str, list[Figures]]) -> list[str]:
     """Return the figures as a Markdown table, and the ratios to pgbench of the same round."""
     lines = ["| scenario | figure | min | median | max |", "|---|---|---|---|---|"]
     for name, rounds in taken.items():
-        for figure in rounds[0]:
-            lines.append(_row(name, figure, [each[figure] for each in rounds]))
+        lines += [_row(name, figure, [each[figure] for each in rounds]) for figure in rounds[0]]
     floors = next((rounds for name, rounds in taken.items() if name.startswith("pgbench")), [])
     for name, rounds in taken.items():
         if floors and name.startswith("two steps"):

@@ -312,7 +312,7 @@ class Advance:
             recorded = self._standing.record_step(step, 0, "completed", value=call.encoded(value))
             turn = self._prepared(Turn(self._delivered(recorded), (recorded,)))
             writing = self._writing(turn)
-            assert writing is not None  # noqa: S101 - it has a record
+            assert writing is not None
             concluded.append((turn, writing))
             return encode([writing])
 
@@ -366,7 +366,7 @@ class Advance:
     # -- the body
 
     def _delivered(self, recorded: Recorded) -> Decision:
-        assert self._replay is not None  # noqa: S101 - it made the decision that is recorded
+        assert self._replay is not None
         return self._replay.deliver(recorded.record)
 
     def _close_replay(self) -> None:

@@ -104,7 +104,7 @@ class Executor:
     async def verify(self, call: Call, timeout: float | None) -> Outcome | NotDone:
         """Ask the step's `verify` whether an earlier execution took effect, and with which result."""
         function = call.step.verify
-        assert function is not None  # noqa: S101 - the caller asks only steps that have one
+        assert function is not None
         answer = await self._answer(call, function, inspect.iscoroutinefunction(function), timeout)
         if not isinstance(answer, Returned):
             return answer

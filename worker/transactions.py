@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, NamedTuple
 
@@ -89,7 +89,7 @@ class Transactions:
     async def execute(self, call: Call, timeout: float | None, conclude: Conclude) -> TransactionOutcome:
         """Execute a transactional step, and commit it with what `conclude` makes of its value."""
         kind = call.step.transaction
-        assert kind is not None  # noqa: S101 - the caller asks only transactional steps
+        assert kind is not None
         async with self._free:
             attempt = _Attempt(call, self._worker_id, conclude)
             if kind.is_async:
@@ -230,12 +230,12 @@ class _Connections:
     def sync(self, kind: TransactionKind, canary: str) -> Iterator[tuple[Any, Any]]:
         """Open a transaction; yield the driver's connection and what the step is given."""
         if kind is TransactionKind.PSYCOPG:
-            assert self._pool is not None  # noqa: S101 - prepared
+            assert self._pool is not None
             with self._pool.connection() as connection, _rolled_back(connection):
                 connection.execute(_CANARY, (canary,))
                 yield connection, connection
             return
-        assert self._engine is not None  # noqa: S101 - prepared
+        assert self._engine is not None
         with self._engine.connect() as connection:
             connection.exec_driver_sql(_CANARY, (canary,))
             driver: Any = connection.connection.driver_connection
@@ -252,11 +252,11 @@ class _Connections:
         async with AsyncExitStack() as stack:
             given: Any
             if kind is TransactionKind.PSYCOPG_ASYNC:
-                assert self._async_pool is not None  # noqa: S101 - prepared
+                assert self._async_pool is not None
                 driver = given = await stack.enter_async_context(self._async_pool.connection())
                 await driver.execute(_CANARY, (canary,))
             else:
-                assert self._async_engine is not None  # noqa: S101 - prepared
+                assert self._async_engine is not None
                 given = await stack.enter_async_context(self._async_engine.connect())
                 await given.exec_driver_sql(_CANARY, (canary,))
                 driver = (await given.get_raw_connection()).driver_connection

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.packaging
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("dist")
     build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(target), str(ROOT)]
-    done = subprocess.run(build, capture_output=True, text=True)
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(target.glob("stepwell-*.whl"))
 
@@ -40,11 +40,11 @@ def test_the_demo_runs_from_the_wheel_in_an_empty_environment(wheel: Path, tmp_p
     venv.create(tmp_path / "venv", with_pip=True)
     bin_dir = tmp_path / "venv" / "bin"
     install = [bin_dir / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{wheel}[demo]"]
-    done = subprocess.run(install, capture_output=True, text=True)
+    done = subprocess.run(install, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     demo = subprocess.run(
         [bin_dir / "stepwell", "demo", "--leads", "50", "--json"],
-        capture_output=True, text=True, cwd=tmp_path, timeout=180,
+        capture_output=True, text=True, cwd=tmp_path, timeout=180, check=False,
     )  # fmt: skip
     assert demo.returncode == 0, demo.stdout + demo.stderr
     report = json.loads(demo.stdout)
