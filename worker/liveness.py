@@ -44,6 +44,7 @@ OnReclaim = Callable[[int, Detector, int], None]
 
 CHUNK_TASKS = 500
 PASS_SECONDS = 10.0
+LAST_STATEMENT_SECONDS = 0.1
 FIRST_WAIT_SECONDS = 0.01
 LONGEST_WAIT_SECONDS = 0.5
 RETRY_FIRST_SECONDS = 0.2
@@ -155,6 +156,7 @@ async def reclaim(
     found = await _bury(connection, worker_id, deadline)
     if found is None:
         return Reclaimed(found=True, tasks=0, finished=False)
+    await _let_statements_end(connection, worker_id)
     await end_backends(connection, worker_id)
     tasks, wait = 0, FIRST_WAIT_SECONDS
     while True:
@@ -181,6 +183,15 @@ async def _bury(connection: Connection, worker_id: int, deadline: float) -> bool
             return None
 
 
+async def _let_statements_end(connection: Connection, worker_id: int) -> None:
+    """Wait a moment for a flush that is being applied: what it records need not be done again."""
+    deadline = time.monotonic() + LAST_STATEMENT_SECONDS
+    while any(active for _, active in await _backends(connection, worker_id)):
+        if time.monotonic() >= deadline:
+            return
+        await asyncio.sleep(FIRST_WAIT_SECONDS)
+
+
 async def _free_chunk(connection: Connection, worker_id: int, poison_after: int) -> tuple[int, bool]:
     try:
         cursor = await connection.execute(load("reclaim"), [worker_id, poison_after, CHUNK_TASKS])
@@ -193,9 +204,8 @@ async def _free_chunk(connection: Connection, worker_id: int, poison_after: int)
 
 async def end_backends(connection: Connection, worker_id: int) -> int:
     """Terminate the backends that still serve a worker; return how many. Warns where the role may not."""
-    cursor = await connection.execute(load("backends"), [f"stepwell {worker_id}"])
     ended = 0
-    for (backend,) in await cursor.fetchall():
+    for backend, _ in await _backends(connection, worker_id):
         try:
             await connection.execute(load("terminate_backend"), [backend])
         except InsufficientPrivilege as error:
@@ -207,6 +217,12 @@ async def end_backends(connection: Connection, worker_id: int) -> int:
         else:
             ended += 1
     return ended
+
+
+async def _backends(connection: Connection, worker_id: int) -> list[tuple[int, bool]]:
+    """Return the process id of each backend of a worker, and whether it is in the middle of a statement."""
+    cursor = await connection.execute(load("backends"), [f"stepwell {worker_id}"])
+    return [(pid, active) for pid, active in await cursor.fetchall()]
 
 
 @dataclass(slots=True)

@@ -19,6 +19,7 @@ from tests.postgres import Cluster
 from tests.waiting import wait_until_async
 from worker import liveness
 from worker.liveness import Detector, Sighting, Undertaker, reclaim, sightings
+from worker.queries import load
 
 Db = psycopg.Connection[TupleRow]
 Adb = psycopg.AsyncConnection[TupleRow]
@@ -192,6 +193,21 @@ async def test_a_flush_that_is_on_the_wire_does_not_keep_its_tasks(
         assert (done.tasks, done.finished) == (2, True)
 
 
+async def test_a_flush_that_is_being_applied_comes_through(
+    db: Db, adb: Adb, database_url: str, worker: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(liveness, "LAST_STATEMENT_SECONDS", 30.0)
+    dead = worker(tasks=1)
+    with session_of(database_url, dead) as flushing:
+        flushing.pgconn.send_query(
+            b"select pg_sleep(0.3); insert into stepwell.migrations values (99, 'flushed')"
+        )
+        await wait_until_async(lambda: count(db, "pg_stat_activity where wait_event = 'PgSleep'") == 1)
+        done = await reclaim(adb, dead, poison_after=3, pass_seconds=10)
+        assert done.finished
+        assert count(db, "stepwell.migrations where version = 99") == 1
+
+
 async def test_a_pass_ends_when_somebody_else_locks_what_is_left(
     db: Db, adb: Adb, database_url: str, worker: Callable[..., int]
 ) -> None:
@@ -228,6 +244,35 @@ async def test_a_role_that_may_not_terminate_says_so_and_goes_on_later(
                 assert (await reclaim(weak, dead, poison_after=3, pass_seconds=10)).tasks == 1
     finally:
         cluster.execute("drop role weak")
+
+
+# -- beating -----------------------------------------------------------------------------------------
+
+
+async def test_one_locked_row_does_not_stop_the_beats_of_the_others(
+    db: Db, adb: Adb, database_url: str, worker: Callable[..., int]
+) -> None:
+    one, other, buried = worker(), worker(), worker()
+    db.execute("select stepwell.bury_v1(%s)", [buried])
+    with connect(database_url, application_name="a person", autocommit=False) as person:
+        person.execute("select from stepwell.workers where id = %s for update", [one])
+        known = await (await adb.execute(load("beat"), [[one, other, buried, 1]])).fetchall()
+    assert {row[0] for row in known} == {one, other}
+    assert dict(db.execute("select id, beat from stepwell.workers").fetchall()) == {
+        one: 0,
+        other: 1,
+        buried: 0,
+    }
+
+
+async def test_a_beat_does_not_wait_for_a_claim(
+    db: Db, adb: Adb, database_url: str, worker: Callable[..., int]
+) -> None:
+    one = worker()
+    with session_of(database_url, one) as claiming:
+        claiming.execute("select from stepwell.workers where id = %s for key share", [one])
+        await adb.execute(load("beat"), [[one]])
+    assert db.execute("select beat from stepwell.workers").fetchone() == (1,)
 
 
 # -- the undertaker ----------------------------------------------------------------------------------
@@ -318,3 +363,15 @@ async def test_an_obituary_survives_a_restart_of_the_database_and_a_verdict_does
     with connect(database_url, application_name="test") as db:
         assert known(db, silent)
         assert not known(db, dead)
+
+
+async def test_a_report_that_comes_with_the_end_does_not_keep_the_undertaker(database_url: str) -> None:
+    burials = Burials(database_url)
+    running = asyncio.create_task(burials.undertaker.run())
+    await wait_until_async(lambda: burials.undertaker._connection is not None)
+    burials.undertaker.report(random_id(), "lease")
+    await wait_until_async(lambda: not burials.undertaker._cases)
+    burials.undertaker._changed.set()
+    running.cancel()
+    ended, _ = await asyncio.wait({running}, timeout=5)
+    assert ended

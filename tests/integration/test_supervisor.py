@@ -9,7 +9,9 @@ import secrets
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
+import psycopg
 import pytest
 
 from outbox.database import connect
@@ -281,6 +283,30 @@ async def test_a_restart_of_the_database_reclaims_nobody(cluster: Cluster, datab
             await beats_for(db, seconds=3.0)
         assert one.reclaims == other.reclaims == []
         assert sorted(one.worker_ids + other.worker_ids) == before
+
+
+async def test_a_supervisor_that_comes_back_last_from_an_outage_is_not_held_for_dead(
+    cluster: Cluster, database_url: str
+) -> None:
+    async with supervising(database_url) as early, supervising(database_url) as late:
+        await until(lambda: len(early.pids) == len(late.pids) == 1)
+        let_in = asyncio.Event()
+        connect_late = late.supervisor._heartbeat._connect
+
+        async def connect_when_let_in() -> psycopg.AsyncConnection[Any]:
+            await let_in.wait()
+            return await connect_late()
+
+        late.supervisor._heartbeat._connect = connect_when_let_in
+        cluster.restart("immediate")
+        with connect(database_url, application_name="test") as db:
+            (early_id,) = early.worker_ids
+            before = beats(db)[early_id]
+            await until(lambda: beats(db)[early_id] >= before + 10)  # a second, at ten beats a second
+            let_in.set()
+            await until(lambda: late.supervisor.vitals().connected)
+            await beats_for(db, seconds=3.0)
+        assert early.reclaims == []
 
 
 async def beats_for(db: Db, seconds: float) -> None:
