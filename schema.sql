@@ -202,7 +202,7 @@ create table stepwell.workflows (
 );
 
 -- Exact totals: counted by the very statement that records what it counts. Sharded by backend, so that
--- two flushes seldom meet on a row.
+-- two flushes seldom meet on a row: 0 to 63 what claimants wrote, 64 to 127 what end_v1 did.
 create table stepwell.counters (
     shard   smallint not null,
     kind    text not null,                -- run, step
@@ -794,7 +794,8 @@ end
 $$;
 
 -- End the runs of these tasks (locked by the caller, claimed by nobody who lives) in a state that no
--- worker decided: cancelled while idle, blocked as poison.
+-- worker decided: cancelled while idle, blocked as poison. They count in shards of their own, behind those of the
+-- flush that calls: rows of counters are locked in one order, or two flushes deadlock.
 create function stepwell.end_v1(me bigint, tasks_to_end bigint[], end_state text, reason json) returns void
     language plpgsql
     set search_path = pg_catalog, stepwell, pg_temp
@@ -809,7 +810,7 @@ begin
         from unnest(tasks_to_end) i join tasks t on t.id = i join runs r on r.id = t.run_id
         returning kind, name, outcome)
     insert into counters as c (shard, kind, name, outcome, value)
-    select pg_backend_pid() % 64, w.kind, w.name, w.outcome, count(*)
+    select 64 + pg_backend_pid() % 64, w.kind, w.name, w.outcome, count(*)
     from written w group by w.kind, w.name, w.outcome order by w.kind, w.name, w.outcome
     on conflict (shard, kind, name, outcome) do update set value = c.value + excluded.value;
 
