@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
+import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -240,11 +241,20 @@ def _evaluated(function: Callable[..., Any], annotation: Any) -> Any:
 
     plain = inspect.unwrap(function)
     code, cells = getattr(plain, "__code__", None), getattr(plain, "__closure__", None) or ()
-    names = dict(zip(code.co_freevars, cells, strict=False)) if code else {}
+    names = code.co_freevars if code else ()
     holder.__annotations__ = {"it": annotation}
     return typing.get_type_hints(
         holder,
         globalns=getattr(plain, "__globals__", {}),
-        localns={name: cell.cell_contents for name, cell in names.items()},
+        localns=dict(_filled(zip(names, cells, strict=False))),
         include_extras=True,
     )["it"]
+
+
+def _filled(cells: Iterable[tuple[str, types.CellType]]) -> Iterator[tuple[str, Any]]:
+    """Yield what a closure holds; a variable that is assigned later, or the function itself, is not there yet."""
+    for name, cell in cells:
+        try:
+            yield name, cell.cell_contents
+        except ValueError:
+            continue

@@ -604,3 +604,13 @@ def test_decoding_one_text_twice_gives_equal_and_separate_values() -> None:
     assert first == second
     assert first is not second
     assert first.emails is not second.emails
+
+
+def test_a_local_function_may_close_over_itself_and_over_what_comes_later() -> None:
+    def countdown(n: int) -> int:
+        return later if n == 0 else countdown(n - 1)
+
+    signature = Signature.of(countdown)
+    later = 7
+    assert signature.decode_arguments('{"n": 3}', where="input") == ((3,), {})
+    assert countdown(3) == 7
