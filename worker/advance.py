@@ -145,7 +145,7 @@ class Advance:
             return None
         self._standing.applied(turn, writing)
         if writing.end is not None:
-            metrics.RUN_SECONDS.labels(self.claim.name).observe(self._standing.seconds())
+            metrics.run_seconds(self.claim.name).observe(self._standing.seconds())
         self.parked = writing.transition.then == "park"
         if writing.transition.then != "move":
             return None
@@ -214,7 +214,7 @@ class Advance:
                     return await self._execute_transaction(step)
                 return self._after(step, await self._outcome(step))
             finally:
-                metrics.STEP_SECONDS.labels(step.step.name).observe(time.monotonic() - started)
+                metrics.step_seconds(step.step.name).observe(time.monotonic() - started)
         except asyncio.CancelledError:
             if not uncancel():
                 raise

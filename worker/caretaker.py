@@ -96,6 +96,6 @@ class Caretaker:
         strays = {stray for stray in claimed if stray.task not in held}
         for stray in strays & self._suspicious:
             await self._committer.commit(
-                Writing(Transition(stray.task, stray.attempt, stray.position, stray.run_id, 0, "release", wakeups=0))
+                Writing(Transition(stray.task, stray.attempt, stray.position, str(stray.run_id), 0, "release", wakeups=0))
             )
         self._suspicious = strays - self._suspicious

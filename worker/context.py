@@ -12,9 +12,10 @@ import uuid as _uuid
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import msgspec
 
 from outbox.errors import ConfigError
 
@@ -59,8 +60,7 @@ class Drive(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class StepInfo:
+class StepInfo(msgspec.Struct, frozen=True):
     """The execution of a step, as the step itself may know it."""
 
     run_id: _uuid.UUID

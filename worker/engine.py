@@ -35,7 +35,7 @@ from outbox.settings import Settings
 from worker import metrics
 from worker.advance import Advance, Means
 from worker.caretaker import Caretaker
-from worker.claims import Claim, Claimant, DeclaredDead
+from worker.claims import Claim, Claimant
 from worker.committer import Committer
 from worker.doorbell import Doorbell
 from worker.execution import Executor
@@ -95,7 +95,6 @@ class Engine:
         self._registered = False
         self._claiming = False
         self._alone = False
-        self._dead: DeclaredDead | None = None
         self._turns = 0
         self._rotation = 0
         self._claimant = Claimant(self._connect, worker_id)
@@ -216,11 +215,20 @@ class Engine:
 
     async def _claim_until_drained(self) -> None:
         while not self._draining:
-            if self._backlog and len(self._flying) > self._settings.concurrency * (1 - WORTH_CLAIMING):
-                self._changed.clear()
-                await self._wait(GATHER_SECONDS)
+            if self._backlog:
+                await self._gather_slots()
             if await self.run_once() == 0:
                 await self._idle()
+
+    async def _gather_slots(self) -> None:
+        """Wait for a moment until a claim is worth its commit."""
+        deadline = time.monotonic() + GATHER_SECONDS
+        while len(self._flying) > self._settings.concurrency * (1 - WORTH_CLAIMING):
+            self._changed.clear()
+            left = deadline - time.monotonic()
+            if left <= 0 or self._draining:
+                break
+            await self._wait(left)
 
     async def run_once(self) -> int:
         """Claim once from each queue, as far as there are free slots; return how many tasks were claimed."""
@@ -304,7 +312,7 @@ class Engine:
         await self._committer.commit(
             Writing(
                 Transition(
-                    task=claim.task, attempt=claim.attempt, position=claim.position, run_id=claim.run_id,
+                    task=claim.task, attempt=claim.attempt, position=claim.position, run_id=str(claim.run_id),
                     epoch=claim.epoch or 0, then="wake", wakeups=0,
                 )
             )

@@ -13,6 +13,8 @@ must be exact (``stepwell_runs_total``, ``stepwell_steps_total``) are counted by
 
 from __future__ import annotations
 
+from functools import cache
+
 from prometheus_client import Counter, Gauge, Histogram
 
 # Seconds between half a millisecond, what a commit on a fast disk takes, and ten minutes.
@@ -67,3 +69,15 @@ RUN_SECONDS = Histogram(
 # event misses that event.
 for _detector in ("obituary", "lost_lock", "lease"):
     RECLAIMS.labels(_detector)
+
+
+@cache
+def step_seconds(step: str) -> Histogram:
+    """Return the histogram of one step; looking it up by its label costs more than observing."""
+    return STEP_SECONDS.labels(step)
+
+
+@cache
+def run_seconds(workflow: str) -> Histogram:
+    """Return the histogram of one workflow."""
+    return RUN_SECONDS.labels(workflow)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from datetime import datetime
 from enum import Enum
 from typing import Any, Literal, NamedTuple
-from uuid import UUID
 
 import msgspec
 
@@ -21,11 +20,11 @@ ROW_BYTES = 400
 """What a row weighs on the wire beside its payload, roughly."""
 
 
-class RecordRow(msgspec.Struct, omit_defaults=True):
+class RecordRow(msgspec.Struct, omit_defaults=True, gc=False):
     """One row for the outbox, as `flush_v1` reads it. `i` and `k` are set when it is sent."""
 
     task: int
-    run_id: UUID
+    run_id: str
     epoch: int
     path: Sequence[int]
     n: int
@@ -40,18 +39,18 @@ class RecordRow(msgspec.Struct, omit_defaults=True):
     k: int = 0
 
 
-class EndRow(msgspec.Struct, omit_defaults=True):
+class EndRow(msgspec.Struct, omit_defaults=True, gc=False):
     """How a run ends, as `flush_v1` reads it."""
 
     task: int
-    run_id: UUID
+    run_id: str
     state: EndState
     output: msgspec.Raw | None = None
     error: dict[str, Any] | None = None
     i: int = 0
 
 
-class Transition(msgspec.Struct, omit_defaults=True):
+class Transition(msgspec.Struct, omit_defaults=True, gc=False):
     """One transition, as `flush_v1` reads it, with its fence: (task, attempt, the flushing worker, position).
 
     `records` and `i` are set when it is sent.
@@ -60,7 +59,7 @@ class Transition(msgspec.Struct, omit_defaults=True):
     task: int
     attempt: int
     position: int
-    run_id: UUID
+    run_id: str
     epoch: int
     then: Then
     wakeups: int

@@ -65,12 +65,13 @@ class Standing:
 
     def __init__(self, claim: Claim, history: list[Record], claimed_at: float) -> None:
         self.claim = claim
+        self.run = str(claim.run_id)
         self.history = history
         self.facts = RunFacts(
             id=claim.run_id,
             workflow=claim.name,
             created_at=claim.created_at,
-            seed=str(claim.run_id),
+            seed=self.run,
             epoch=claim.epoch,
             labels={} if claim.labels is None else msgspec.json.decode(claim.labels),
         )
@@ -97,7 +98,7 @@ class Standing:
 
     def idempotency_key(self, path: Path) -> str:
         """Return what stays the same over all executions of a call."""
-        return f"{self.claim.run_id}:{dotted(path)}"
+        return f"{self.run}:{dotted(path)}"
 
     @property
     def fence(self) -> int:
@@ -166,7 +167,7 @@ class Standing:
         record = Record(path, n, kind, name, outcome, value, error, fingerprint, at, self._seq + 1, claim.epoch)
         raw = None if value is None else msgspec.Raw(value.encode())
         row = RecordRow(
-            task=claim.task, run_id=claim.run_id, epoch=claim.epoch, path=path, n=n, kind=kind, name=name,
+            task=claim.task, run_id=self.run, epoch=claim.epoch, path=path, n=n, kind=kind, name=name,
             outcome=outcome, at=at, value=raw, error=error, fingerprint=fingerprint,
         )  # fmt: skip
         return Recorded(record, row)
@@ -224,7 +225,7 @@ class Standing:
     ) -> Writing:
         claim = self.claim
         transition = Transition(
-            task=claim.task, attempt=claim.attempt, position=self._position, run_id=claim.run_id, epoch=claim.epoch,
+            task=claim.task, attempt=claim.attempt, position=self._position, run_id=self.run, epoch=claim.epoch,
             then=then, doing=doing, delay=delay, until=until, wakeups=claim.wakeups,
         )  # fmt: skip
         return Writing(transition, (*(each.row for each in turn.records), *rows), end)
@@ -234,5 +235,5 @@ class Standing:
     ) -> Writing:
         claim = self.claim
         ended = self._record((), 0, "run", claim.name, state, error=error)
-        end = EndRow(task=claim.task, run_id=claim.run_id, state=state, output=output, error=error)
+        end = EndRow(task=claim.task, run_id=self.run, state=state, output=output, error=error)
         return self._transition("finish", turn, rows=(ended.row,), end=end)
