@@ -1,8 +1,8 @@
 """The supervisor's own session: it holds a lock for each child, beats for them, and looks at the others.
 
-One connection, used by one task only (`run`), one tick a second and one at once when a child is adopted. A
-tick: take the locks that are still missing, give back those of children that have exited, beat for all
-children in one statement, look at all workers. After a lost connection the locks are taken again before the
+One connection, used by one task only (`run`), in ticks: some a second, and one at once when a child is adopted
+or has exited. A tick takes the locks that are still missing and gives back those that are not needed any more,
+beats for all children in one statement when that is due, and looks at all workers. After a lost connection the locks are taken again before the
 first beat, and the observation starts anew (see `worker.liveness`).
 
 Whatever goes wrong on the connection has one remedy, a new one, for ever: a server that restarts, a failover
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 Connection = psycopg.AsyncConnection[Any]
 
+LOOKS = 6
 REFUSED_SECONDS = 5.0
 """How long to wait after a refusal that reconnecting does not cure, such as a changed password."""
 
@@ -54,6 +55,8 @@ class Heartbeat:
     ) -> None:
         self._connect = connect
         self._settings = settings
+        # Several looks fit into the shortest time that is judged, so that it is not overshot by much.
+        self._look_seconds = min(settings.beat_seconds, settings.lost_lock_seconds / LOOKS)
         self._on_verdicts = on_verdicts
         self._on_beat = on_beat
         self._on_lost = on_lost
@@ -130,25 +133,25 @@ class Heartbeat:
         # After an outage the others come back one by one: they wait at most so long between two attempts.
         settle_seconds = 0.0 if self._attempts == 1 else LONGEST_WAIT_SECONDS
         observer = Observer(self._settings, settle_seconds=settle_seconds)
+        beat_due = 0.0
         while True:
-            due = time.monotonic() + self._settings.beat_seconds
+            now = time.monotonic()
             self._poked.clear()
-            await self._tick(connection, observer)
+            await self._sort_locks(connection)
+            if now >= beat_due:
+                await self._beat(connection)
+                beat_due = now + self._settings.beat_seconds
+            await self._observe(connection, observer)
             self._online, self._ticked_at = True, time.monotonic()
             self.started.set()
             # Not wait_for: before Python 3.12 it may swallow a cancellation that comes with the event.
             with suppress(TimeoutError):
-                async with asyncio.timeout(due - self._ticked_at):
+                async with asyncio.timeout(now + self._look_seconds - self._ticked_at):
                     await self._poked.wait()
 
-    async def _tick(self, connection: Connection, observer: Observer) -> None:
+    async def _sort_locks(self, connection: Connection) -> None:
         await self._take_locks(connection)
         await self._give_locks_back(connection)
-        await self._beat(connection)
-        seen = await sightings(connection)
-        verdicts = observer.look(seen, time.monotonic(), own=self._adopted)
-        if verdicts:
-            self._on_verdicts(verdicts)
 
     async def _take_locks(self, connection: Connection) -> None:
         missing = sorted(self._adopted.keys() - self._locked)
@@ -172,6 +175,12 @@ class Heartbeat:
         if self._adopted:
             cursor = await connection.execute(load("beat"), [sorted(self._adopted)])
             self._on_beat({row[0] for row in await cursor.fetchall()})
+
+    async def _observe(self, connection: Connection, observer: Observer) -> None:
+        seen = await sightings(connection)
+        verdicts = observer.look(seen, time.monotonic(), own=self._adopted)
+        if verdicts:
+            self._on_verdicts(verdicts)
 
     def _lose(self) -> None:
         """Forget what the session held."""
