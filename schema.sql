@@ -451,7 +451,8 @@ returns void
 as $$
 begin
     insert into workers (id, supervisor, host, pid, release, queues, names)
-    values (me, my_supervisor, my_host, my_pid, my_release, my_queues, my_names);
+    values (me, my_supervisor, my_host, my_pid, my_release, my_queues, my_names)
+    on conflict (id) do nothing;                               -- a resend after a lost answer
     perform unshelve_v1(my_queues, my_names, 10000);
 end
 $$;

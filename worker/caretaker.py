@@ -7,6 +7,7 @@ It shares the claimant's connection; a lost connection delays it and nothing els
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -54,10 +55,9 @@ class Caretaker:
         while True:
             self._poked.clear()
             pause = await self.run_once()
-            try:
-                await asyncio.wait_for(self._poked.wait(), pause)
-            except TimeoutError:
-                pass
+            with contextlib.suppress(TimeoutError):  # not wait_for, see Engine._wait
+                async with asyncio.timeout(pause):
+                    await self._poked.wait()
 
     async def run_once(self) -> float:
         """Do what is due; return for how long nothing will be, in seconds."""

@@ -20,6 +20,7 @@ A suspect, a task that two workers died of, is taken when nothing else is in fli
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -259,10 +260,10 @@ class Engine:
             await self._wait(self._settings.poll_seconds)
 
     async def _wait(self, seconds: float) -> None:
-        try:
-            await asyncio.wait_for(self._changed.wait(), seconds)
-        except TimeoutError:
-            pass
+        # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with the event.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
 
     async def _start(self, claims: Sequence[Claim]) -> None:
         if not claims:
