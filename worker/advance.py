@@ -82,7 +82,7 @@ class Advance:
         self._means = means
         self._standing = Standing(claim, history, claimed_at)
         self._replay: Replay | None = None
-        self._repeats = 0
+        self._repeats = self._begun = 0
         self._task: asyncio.Task[Any] | None = None
         self._interruptible = False
 
@@ -321,6 +321,7 @@ class Advance:
         if isinstance(outcome, Uncertain):
             outcome = await self._resolved(step)
         if isinstance(outcome, Committed):
+            self._repeats = self._begun = 0
             turn, writing = concluded[0]
             after = self._judged(Receipt(*verdict_of(outcome.code)), turn, writing)
             return turn._replace(written=True) if after is turn else after
@@ -329,8 +330,8 @@ class Advance:
         match outcome:
             case Raised() | TimedOut() | CutShort():
                 return self._after(step, outcome)
-            case Repeat(error):
-                return self._repeated(step, error)
+            case Repeat() as repeat:
+                return self._repeated(step, repeat)
             case Lost():
                 self._lost()
                 return None
@@ -355,12 +356,17 @@ class Advance:
         self._standing.applied(turn, probe)
         return Repeat(ConnectionError("the connection was lost at COMMIT"))
 
-    def _repeated(self, step: DoStep, error: BaseException) -> Turn:
-        """Execute again what was rolled back for a reason that is not the step's."""
+    def _repeated(self, step: DoStep, repeat: Repeat) -> Turn:
+        """Execute again what was rolled back for a reason that is not the step's.
+
+        A database that is away is waited for as long as it takes; losing the connection again and again, once the
+        step has been called, is an error.
+        """
         self._repeats += 1
-        if self._repeats > MAX_REPEATS:
-            return self._failed(step, error)
-        logger.info("a transactional step is repeated: %s", error, extra={"run_id": str(self.claim.run_id)})
+        self._begun += repeat.begun
+        if self._begun > MAX_REPEATS:
+            return self._failed(step, repeat.error)
+        logger.info("a transactional step is repeated: %s", repeat.error, extra={"run_id": str(self.claim.run_id)})
         return Turn(step, wait_seconds=min(HELD_WAIT_SECONDS, REPEAT_SECONDS * self._repeats), written=True)
 
     # -- the body

@@ -3,7 +3,8 @@
 The worker opens a transaction and gives the step its connection or session. When the step has returned, the
 fenced completion (`commit_step_v1`) and COMMIT travel in one pipeline, so no task row stays locked while anything
 waits for this process. A transaction-local setting is the canary: if it is gone, the step has ended the
-transaction itself, nothing binds its writes to the record, and the run is blocked rather than silently wrong.
+transaction itself, nothing binds its writes to the record, and the run is blocked rather than silently wrong. A
+step that fails after it has committed is found out as well: see `_rolled_back`.
 
 SQLAlchemy sessions join the outer transaction through savepoints, so ``session.commit()`` and ``rollback()`` work
 and stay inside; a raw commit or rollback on a connection raises.
@@ -23,8 +24,10 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, NamedTuple
 
 import psycopg
+from psycopg.pq import TransactionStatus
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
-from sqlalchemy import Engine, create_engine
+from sqlalchemy import Connection, Engine, create_engine
+from sqlalchemy.exc import TimeoutError as NoneFreeError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -34,7 +37,8 @@ from worker.execution import Call, CutShort, Executor, Raised, Returned, TimedOu
 from worker.kinds import TransactionKind
 from worker.queries import load
 
-_CANARY = "select set_config('stepwell.canary', %s, true)"
+_OPENING = "select set_config('stepwell.canary', %s, true), pg_current_xact_id()::text"
+_FATE = "select pg_xact_status(%s::xid8)"
 _AGAIN = ("40001", "40P01")
 _BAD_DATA = ("22", "23", "54")
 _DIALECT = "postgresql+psycopg://"
@@ -47,9 +51,10 @@ class Committed(NamedTuple):
 
 
 class Repeat(NamedTuple):
-    """Nothing was written; the execution can be repeated."""
+    """Nothing was written; the execution can be repeated. `begun`: the step had been called."""
 
     error: BaseException
+    begun: bool = True
 
 
 class Uncertain(NamedTuple):
@@ -96,6 +101,8 @@ class Transactions:
                 answer = await self._in_loop(kind, attempt, timeout)
             else:
                 answer = await self._in_thread(kind, attempt, timeout)
+        if attempt.ended:
+            return EndedByStep()
         return attempt.outcome(answer.error) if isinstance(answer, Raised) else answer
 
     async def close(self) -> None:
@@ -113,10 +120,11 @@ class Transactions:
             return asyncio.run_coroutine_threadsafe(conclude(), loop).result()
 
         def work() -> Committed:
-            with self._connections.sync(kind, attempt.canary) as (driver, given):
+            with self._connections.sync(kind, attempt) as (driver, given):
                 args, kwargs = attempt.call.bound()
                 with _guarded(driver, _forbidden):
                     value = attempt.call.step.function(given, *args, **kwargs)
+                    _check_open(driver, attempt)
                     if isinstance(given, Session):
                         given.commit()
                 documents = concluded(value)
@@ -135,15 +143,16 @@ class Transactions:
     async def _in_loop(self, kind: TransactionKind, attempt: _Attempt, timeout: float | None) -> Any:
         await self._connections.prepare_async(kind)
         try:
-            async with self._connections.asynchronous(kind, attempt.canary) as (driver, given):
+            async with self._connections.asynchronous(kind, attempt) as (driver, given):
                 args, kwargs = attempt.call.bound()
                 with _guarded(driver, _forbidden_async), executing(attempt.call.facts, attempt.call.info):
-                    answer = await awaited(_called(attempt.call, given, args, kwargs), timeout)
+                    answer = await awaited(_called(attempt, driver, given, args, kwargs), timeout)
                 if not isinstance(answer, Returned):
-                    await driver.rollback()
-                    return answer
+                    raise _RolledBackError(answer)
                 documents = attempt.concluded(answer.value)
                 return await uninterrupted(_commit_async(driver, attempt, documents))
+        except _RolledBackError as rolled_back:
+            return rolled_back.answer
         except Exception as error:  # noqa: BLE001 - judged by the caller
             return Raised(error)
 
@@ -154,6 +163,8 @@ class _Attempt:
     def __init__(self, call: Call, worker_id: int, conclude: Conclude) -> None:
         self.call = call
         self.canary = secrets.token_hex(8)
+        self.transaction = ""
+        self.ended = False
         self.concluding = False
         self.abandoned = False
         self._worker_id = worker_id
@@ -173,6 +184,8 @@ class _Attempt:
         """Judge what was raised, by the step, by the database, or on the way."""
         original: Any = getattr(error, "orig", None) or error
         state = getattr(original, "sqlstate", None) or ""
+        if not self.transaction and (database.is_disconnect(error) or isinstance(error, NoneFreeError)):
+            return Repeat(error, begun=False)
         if database.is_disconnect(error):
             return Uncertain() if self.concluding else Repeat(error)
         if state in _AGAIN:
@@ -190,6 +203,18 @@ class _AbandonedError(Exception):
     """The step answered after it had been given up."""
 
 
+class _EndedError(Exception):
+    """The step has ended its transaction."""
+
+
+class _RolledBackError(Exception):
+    """The step has not returned; what it wrote is rolled back on the way out."""
+
+    def __init__(self, answer: Raised | TimedOut | CutShort) -> None:
+        super().__init__()
+        self.answer = answer
+
+
 class _Connections:
     """What the six kinds of connections and sessions come from, each made at its first use."""
 
@@ -199,6 +224,7 @@ class _Connections:
         self._async_pool: AsyncConnectionPool[Any] | None = None
         self._engine: Engine | None = None
         self._async_engine: AsyncEngine | None = None
+        self._closed = False
 
     def prepare(self, kind: TransactionKind) -> None:
         """Make the source of a kind that is used from threads."""
@@ -227,51 +253,58 @@ class _Connections:
             )
 
     @contextmanager
-    def sync(self, kind: TransactionKind, canary: str) -> Iterator[tuple[Any, Any]]:
+    def sync(self, kind: TransactionKind, attempt: _Attempt) -> Iterator[tuple[Any, Any]]:
         """Open a transaction; yield the driver's connection and what the step is given."""
         if kind is TransactionKind.PSYCOPG:
-            assert self._pool is not None
-            with self._pool.connection() as connection, _rolled_back(connection):
-                connection.execute(_CANARY, (canary,))
-                yield connection, connection
+            assert self._pool is not None  # prepared
+            with self._pool.connection() as connection:
+                opened = connection.execute(_OPENING, (attempt.canary,)).fetchone()
+                with _rolled_back(connection, attempt, opened[1]):
+                    yield connection, connection
             return
-        assert self._engine is not None
-        with self._engine.connect() as connection:
-            connection.exec_driver_sql(_CANARY, (canary,))
+        with self._sqlalchemy() as connection:
+            opened = connection.exec_driver_sql(_OPENING, (attempt.canary,)).one()
             driver: Any = connection.connection.driver_connection
-            with _rolled_back(driver):
+            with _rolled_back(driver, attempt, opened[1]):
                 if kind is TransactionKind.SQLALCHEMY_CONNECTION:
                     yield driver, connection
                 else:
                     with Session(connection, join_transaction_mode="create_savepoint") as session:
                         yield driver, session
 
+    @contextmanager
+    def _sqlalchemy(self) -> Iterator[Connection]:
+        assert self._engine is not None  # prepared
+        with self._engine.connect() as connection:
+            try:
+                yield connection
+            finally:
+                if self._closed:  # an abandoned step comes back: nobody else would close its connection
+                    connection.invalidate()
+
     @asynccontextmanager
-    async def asynchronous(self, kind: TransactionKind, canary: str) -> AsyncIterator[tuple[Any, Any]]:
+    async def asynchronous(self, kind: TransactionKind, attempt: _Attempt) -> AsyncIterator[tuple[Any, Any]]:
         """Open a transaction; yield the driver's connection and what the step is given."""
         async with AsyncExitStack() as stack:
             given: Any
             if kind is TransactionKind.PSYCOPG_ASYNC:
-                assert self._async_pool is not None
+                assert self._async_pool is not None  # prepared
                 driver = given = await stack.enter_async_context(self._async_pool.connection())
-                await driver.execute(_CANARY, (canary,))
+                opened = await (await driver.execute(_OPENING, (attempt.canary,))).fetchone()
             else:
-                assert self._async_engine is not None
+                assert self._async_engine is not None  # prepared
                 given = await stack.enter_async_context(self._async_engine.connect())
-                await given.exec_driver_sql(_CANARY, (canary,))
+                opened = (await given.exec_driver_sql(_OPENING, (attempt.canary,))).one()
                 driver = (await given.get_raw_connection()).driver_connection
-            try:
-                if kind is TransactionKind.SQLALCHEMY_ASYNC_SESSION:
-                    async with AsyncSession(given, join_transaction_mode="create_savepoint") as session:
-                        yield driver, session
-                else:
-                    yield driver, given
-            except BaseException:
-                if not driver.closed:
-                    await driver.rollback()
-                raise
+            await stack.enter_async_context(_rolled_back_async(driver, attempt, opened[1]))
+            if kind is TransactionKind.SQLALCHEMY_ASYNC_SESSION:
+                given = await stack.enter_async_context(
+                    AsyncSession(given, join_transaction_mode="create_savepoint")
+                )
+            yield driver, given
 
     async def close(self) -> None:
+        self._closed = True
         if self._pool is not None:
             await asyncio.to_thread(self._pool.close)
         if self._engine is not None:
@@ -290,8 +323,11 @@ class _Connections:
         )
 
 
-async def _called(call: Call, given: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    value = await call.step.function(given, *args, **kwargs)
+async def _called(
+    attempt: _Attempt, driver: Any, given: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    value = await attempt.call.step.function(given, *args, **kwargs)
+    _check_open(driver, attempt)
     if isinstance(given, AsyncSession):
         await given.commit()
     return value
@@ -304,14 +340,40 @@ async def _commit_async(driver: Any, attempt: _Attempt, documents: Documents) ->
     return Committed((await cursor.fetchone())[0])
 
 
+def _check_open(driver: Any, attempt: _Attempt) -> None:
+    """Raise when no transaction is open any more; costs nothing, as the driver keeps the status."""
+    attempt.ended = driver.info.transaction_status is TransactionStatus.IDLE
+    if attempt.ended:
+        raise _EndedError
+
+
 @contextmanager
-def _rolled_back(driver: Any) -> Iterator[None]:
-    """Roll back on an error: SQLAlchemy does not when a raw commit was refused on the way."""
+def _rolled_back(driver: Any, attempt: _Attempt, transaction: str) -> Iterator[None]:
+    """Roll back on an error, which SQLAlchemy does not when a raw commit was refused on the way.
+
+    A step that had committed before it failed must not be executed again: the transaction's own fate tells.
+    """
+    attempt.transaction = transaction
     try:
         yield
     except BaseException:
         if not driver.closed:
             driver.rollback()
+            attempt.ended |= driver.execute(_FATE, (transaction,)).fetchone()[0] == "committed"
+        raise
+
+
+@asynccontextmanager
+async def _rolled_back_async(driver: Any, attempt: _Attempt, transaction: str) -> AsyncIterator[None]:
+    """Roll back on an error; see `_rolled_back`."""
+    attempt.transaction = transaction
+    try:
+        yield
+    except BaseException:
+        if not driver.closed:
+            await driver.rollback()
+            cursor = await driver.execute(_FATE, (transaction,))
+            attempt.ended |= (await cursor.fetchone())[0] == "committed"
         raise
 
 
