@@ -54,6 +54,8 @@ HELD_WAIT_SECONDS = 1.0
 """A retry that waits longer than this holds no slot: the run parks."""
 BUSY_THREAD_SECONDS = 1.0
 """How long a call waits whose abandoned thread still lives in this process."""
+UNWRITABLE_SECONDS = 5.0
+"""How long a run waits whose very end is refused: only a person can help, and its step must not be executed again."""
 MAX_REPEATS = 20
 REPEAT_SECONDS = 0.05
 
@@ -129,7 +131,11 @@ class Advance:
             turn = self._prepared(turn)
             writing = self._writing(turn)
             if writing is not None:
-                after = self._judged(await self._means.committer.commit(writing), turn, writing)
+                receipt = await self._means.committer.commit(writing)
+                if receipt.refused is not None and isinstance(turn.decision, Block):
+                    logger.error("the database refuses even the end of a run", extra={"run_id": str(self.claim.run_id)})
+                    await asyncio.sleep(UNWRITABLE_SECONDS)
+                after = self._judged(receipt, turn, writing)
                 if after is not turn:
                     return after
         if isinstance(turn.decision, DoStep):

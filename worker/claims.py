@@ -4,7 +4,8 @@ One `Claimant` for each process, over one connection that only the engine's clai
 one statement at a time. It guarantees that what it returns was committed as claimed by this worker. It does not
 guarantee that the claim still stands when the caller acts on it: every write is fenced (see `worker.committer`).
 
-When the connection breaks, the statement under way is repeated on a new one. A claim that had been committed
+When the connection breaks, the statement under way is repeated on a new one; when the server could not do it just
+now (see `worker.transient`), after a second. A claim that had been committed
 while its answer was lost then belongs to this worker without it knowing; the audit finds such strays.
 When the database says that this worker is dead (SQLSTATE SW003), `DeclaredDead` ends the process: its
 supervisor starts a fresh one, which registers anew.
@@ -13,6 +14,7 @@ supervisor starts a fresh one, which registers anew.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import datetime
@@ -23,9 +25,12 @@ import msgspec
 import psycopg
 from psycopg import AsyncConnection
 
-from outbox.database import retry_connecting_async
+from outbox.database import is_disconnect, retry_connecting_async
 from worker.queries import load
 from worker.records import Record
+from worker.transient import is_transient
+
+logger = logging.getLogger(__name__)
 
 GROUPS = 20
 """Ten priorities, each resumed work before fresh work."""
@@ -33,6 +38,9 @@ FLOOR_SECONDS = 1.0
 """How long a lower bound on `turn` is believed: a slow committer may have drawn an earlier one."""
 HISTORY_RUNS = 100
 """Histories read in one statement."""
+
+REFUSED_SECONDS = 1.0
+"""How long a statement waits that the server could not do just now."""
 
 Connect = Callable[[], Awaitable[AsyncConnection[Any]]]
 
@@ -190,9 +198,17 @@ class Claimant:
         statement = load(name)
 
         async def once() -> list[tuple[Any, ...]]:
-            connection = await self._connected()
-            cursor = await connection.execute(statement, parameters, prepare=True, binary=True)
-            return await cursor.fetchall() if cursor.description else []
+            while True:
+                connection = await self._connected()
+                try:
+                    cursor = await connection.execute(statement, parameters, prepare=True, binary=True)
+                    return await cursor.fetchall() if cursor.description else []
+                except psycopg.Error as error:
+                    if is_disconnect(error) or not is_transient(error):
+                        raise
+                    logger.warning("statement %s is refused and will be sent again: %s", name, error)
+                await self.close()
+                await asyncio.sleep(REFUSED_SECONDS)
 
         async with self._lock:
             try:

@@ -9,8 +9,10 @@ waits for the row locks of the old backend and is answered *already* if that one
 not guarantee an order between transitions of different runs.
 
 One task runs `run`; any number of tasks await `commit`. Cancelling one of them does not take its transition back.
-A deadlock or serialization failure is resent. A flush refused for its data (SQLSTATE class 22, 23, 54) is halved
-until the offender is alone (I16); that one gets its error, the others are written.
+A flush refused for its data (SQLSTATE class 22, 23, 54) is halved until the offender is alone (I16); that one gets
+its error, the others are written. After any other error, a deadlock as well as a full disk or a statement that an
+operator has cancelled, the flush is resent until it comes through: what has happened must not be forgotten, or it
+would be done again. Who watches the process sees that flushes are pending and none comes back.
 """
 
 from __future__ import annotations
@@ -25,18 +27,20 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg import AsyncConnection
 
-from outbox.database import retry_connecting_async
+from outbox.database import is_disconnect, retry_connecting_async
 from worker import metrics
 from worker.queries import load
+from worker.transient import is_bad_data, is_conflict
 from worker.transitions import Verdict, Writing, encode, verdict_of
 
 logger = logging.getLogger(__name__)
 
 Connect = Callable[[], Awaitable[AsyncConnection[Any]]]
 
-_BAD_DATA = ("22", "23", "54")
-_AGAIN = ("40001", "40P01")
-_AGAIN_SECONDS = 0.01
+CONFLICT_SECONDS = 0.01
+"""How long a flush waits after a deadlock or a serialization failure."""
+REFUSED_SECONDS = 1.0
+"""How long it waits after an error that is nobody's data."""
 
 
 class Receipt(NamedTuple):
@@ -135,9 +139,6 @@ class Committer:
         try:
             codes = await self._send([writing for writing, _ in batch])
         except psycopg.Error as error:
-            if (error.sqlstate or "")[:2] not in _BAD_DATA:
-                self._fail([future for _, future in batch], error)
-                return
             if len(batch) == 1:
                 _answer(batch[0][1], Receipt(Verdict.FENCED, refused=_said(error)))
                 return
@@ -163,21 +164,22 @@ class Committer:
                     cursor = await self._connection.execute(statement, parameters, prepare=True, binary=True)
                     row = await cursor.fetchone()
                 except psycopg.Error as error:
-                    if error.sqlstate not in _AGAIN:
+                    if is_bad_data(error) or is_disconnect(error):
                         raise
-                    await asyncio.sleep(_AGAIN_SECONDS)
+                    await self._wait_after(error, len(writings))
                 else:
                     codes: list[int] = row[0] if row else []
                     return codes
 
         return await retry_connecting_async(once, give_up_after_seconds=None)
 
-    def _fail(self, futures: list[asyncio.Future[Receipt]], error: psycopg.Error) -> None:
-        """Hand an error that is nobody's data to everybody: a schema that is gone, a right that was revoked."""
-        logger.error("a flush of %d transitions failed: %s", len(futures), error)
-        for future in futures:
-            if not future.done():
-                future.set_exception(error)
+    async def _wait_after(self, error: psycopg.Error, rows: int) -> None:
+        if is_conflict(error):
+            await asyncio.sleep(CONFLICT_SECONDS)
+            return
+        logger.error("a flush of %d transitions is refused and will be sent again: %s", rows, error)
+        await self.close()  # another connection may reach a server that can write
+        await asyncio.sleep(REFUSED_SECONDS)
 
 
 def _end(unanswered: Iterable[tuple[Writing, asyncio.Future[Receipt]]]) -> None:

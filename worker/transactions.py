@@ -36,11 +36,10 @@ from worker.context import executing
 from worker.execution import Call, CutShort, Executor, Raised, Returned, TimedOut, awaited, uninterrupted
 from worker.kinds import TransactionKind
 from worker.queries import load
+from worker.transient import is_bad_data, is_conflict, is_transient
 
 _OPENING = "select set_config('stepwell.canary', %s, true), pg_current_xact_id()::text"
 _FATE = "select pg_xact_status(%s::xid8)"
-_AGAIN = ("40001", "40P01")
-_BAD_DATA = ("22", "23", "54")
 _DIALECT = "postgresql+psycopg://"
 
 
@@ -188,13 +187,13 @@ class _Attempt:
             return Repeat(error, begun=False)
         if database.is_disconnect(error):
             return Uncertain() if self.concluding else Repeat(error)
-        if state in _AGAIN:
+        if is_conflict(original) or (self.concluding and is_transient(original)):
             return Repeat(error)
         if state == "SW001":
             return Lost()
         if state == "SW002":
             return EndedByStep()
-        if state[:2] in _BAD_DATA and "flush_v1" in (original.diag.context or ""):
+        if is_bad_data(original) and "flush_v1" in (original.diag.context or ""):
             return Refused(f"{original.diag.message_primary} (SQLSTATE {state})")
         return Raised(error, final=self.concluding and not state)
 

@@ -513,6 +513,24 @@ async def test_data_that_the_database_refuses_in_the_record_blocks_the_run_and_r
     assert await notes(lab) == ["x"]
 
 
+async def test_a_server_that_cannot_write_just_now_repeats_the_execution(lab: Lab) -> None:
+    await lab.execute("create sequence attempts")
+    await lab.execute(
+        "create function refuse() returns trigger language plpgsql as $$ begin"
+        " if nextval('public.attempts') <= 2 then raise exception 'not now' using errcode = '53100'; end if;"
+        " return new; end $$"
+    )
+    await lab.execute(
+        "create trigger refusing before insert on stepwell.outbox for each row when (new.name = 'save')"
+        " execute function refuse()"
+    )
+    business = Business("psycopg.Connection")
+    async with lab.engine(business.registry):
+        assert await lab.succeeded(await lab.enqueue(business.flow)) == "saved x and went on"
+    assert business.executions == 3
+    assert await notes(lab) == ["x"]
+
+
 async def refuse_records(lab: Lab, name: str) -> None:
     """Have the database refuse the completions of a step for their data."""
     await lab.execute(
