@@ -56,13 +56,13 @@ class Bench:
 
     def start(self, url: str, processes: int, **environment: str) -> subprocess.Popen[bytes]:
         with connect(url, application_name="bench") as db:
-            before = _living(db)
+            before = living(db)
             supervisor = subprocess.Popen(
                 [sys.executable, "-m", "worker.cli", "worker", "benchmarks.workload", "--processes", str(processes)],
                 env={**os.environ, "STEPWELL_DATABASE_URL": url, "PYTHONPATH": str(ROOT), **environment},
                 cwd=ROOT, stdout=subprocess.DEVNULL, stderr=(self.home / "workers.log").open("ab"),
             )  # fmt: skip
-            wait_for(lambda: _living(db) >= before + processes, 60)
+            wait_for(lambda: living(db) >= before + processes, 60)
         return supervisor
 
     def end(self, supervisor: subprocess.Popen[bytes]) -> None:
@@ -106,6 +106,7 @@ def wait_for(condition: Any, seconds: float) -> None:
         time.sleep(0.005)
 
 
-def _living(db: psycopg.Connection[Any]) -> int:
+def living(db: psycopg.Connection[Any]) -> int:
+    """Return how many workers are registered and not declared dead."""
     row = db.execute("select count(*) from stepwell.workers where dead_at is null").fetchone()
     return int(row[0]) if row else 0

@@ -9,7 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from benchmarks.machine import Bench, wait_for
+from benchmarks.machine import Bench, living, wait_for
 from outbox import Client
 from outbox.database import connect
 
@@ -98,9 +98,10 @@ def recovery(bench: Bench, victim: str, samples: int) -> dict[str, float]:
     fleet = [bench.start(url, 2, **environment) for _ in range(2)]
     waits = []
     try:
-        with Client(url) as client:
+        with Client(url) as client, connect(url, application_name="bench") as db:
             for n in range(samples):
-                run = client.enqueue("lingering", {"word": f"r{n}"})
+                wait_for(lambda: living(db) == 4, 60)  # each kill meets the whole fleet
+                client.enqueue("lingering", {"word": f"r{n}"})
                 _, pid = _line(log, f"r{n}")
                 parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
                 killed = time.monotonic_ns()
@@ -110,7 +111,6 @@ def recovery(bench: Bench, victim: str, samples: int) -> dict[str, float]:
                     _kill_tree(parent)
                 at, _ = _line(log, f"r{n}", other_than=pid)
                 waits.append((at - killed) / 1e9)
-                client.cancel(run.id)
                 if victim == "tree":
                     dead = next(each for each in fleet if each.pid == parent)
                     dead.wait(10)
@@ -120,7 +120,7 @@ def recovery(bench: Bench, victim: str, samples: int) -> dict[str, float]:
             _kill_tree(each.pid)
             each.wait(10)
     waits.sort()
-    return {"p50_s": waits[len(waits) // 2], "max_s": waits[-1]}
+    return {"p50_s": waits[len(waits) // 2], "p99_s": waits[-1]}  # of so few, the slowest
 
 
 class _Cost:

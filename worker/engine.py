@@ -54,7 +54,10 @@ WORTH_CLAIMING = 0.25
 """While there is a backlog, slots are gathered until this part of them is free: one claim instead of many."""
 GATHER_SECONDS = 0.02
 """… but no longer than this, or runs that take long would leave the rest of the slots empty."""
-QUARANTINE_SECONDS = 30.0
+PATIENCE_SECONDS = 5.0
+"""How long a busy worker leaves a suspect to an idle one. Doubled each time that it could not get its hands free."""
+LONGEST_PATIENCE_SECONDS = 300.0
+QUARANTINE_SECONDS = 5.0
 """How long a worker tries to get everything out of its hands before it gives up on a suspect."""
 CUT_SECONDS = 2.0
 """How long executions that were cut short have to come back."""
@@ -96,6 +99,8 @@ class Engine:
         self._registered = False
         self._claiming = False
         self._alone = False
+        self._suspected_at: float | None = None
+        self._patience_seconds = PATIENCE_SECONDS
         self._turns = 0
         self._rotation = 0
         self._claimant = Claimant(self._connect, worker_id)
@@ -244,7 +249,7 @@ class Engine:
             self._backlog = 0 < free <= len(claims)
         self._rotation += 1
         self._turns += 1
-        if self._caretaker.suspects and not self._draining:
+        if self._caretaker.suspects and not self._draining and self._may_be_alone():
             await self._quarantine()
         return claimed
 
@@ -333,6 +338,14 @@ class Engine:
 
     # -- alone with a suspect
 
+    def _may_be_alone(self) -> bool:
+        """Tell whether it is time to look after a suspect: at once when idle, else when nobody idle has for a while."""
+        if not self._flying:
+            return True
+        if self._suspected_at is None:
+            self._suspected_at = time.monotonic()
+        return time.monotonic() - self._suspected_at >= self._patience_seconds
+
     async def _quarantine(self) -> None:
         """Give everything back, take one suspect, and do nothing else until it is done.
 
@@ -340,10 +353,13 @@ class Engine:
         neighbours never are.
         """
         self._caretaker.suspects = False
+        self._suspected_at = None
         self._alone = True
         try:
             if not await self._emptied(time.monotonic() + QUARANTINE_SECONDS):
+                self._patience_seconds = min(2 * self._patience_seconds, LONGEST_PATIENCE_SECONDS)
                 return
+            self._patience_seconds = PATIENCE_SECONDS
             for queue in self._queues:
                 claims = await self._claimant.claim(queue, self._names, 0, alone=True)
                 self._alone = False
