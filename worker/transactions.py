@@ -19,28 +19,23 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NamedTuple
 
-import psycopg
 from psycopg.pq import TransactionStatus
-from psycopg_pool import AsyncConnectionPool, ConnectionPool
-from sqlalchemy import Connection, Engine, create_engine
-from sqlalchemy.exc import TimeoutError as NoneFreeError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
-from sqlalchemy.orm import Session
 
 from outbox import database
 from worker.context import executing
 from worker.execution import Call, CutShort, Executor, Raised, Returned, TimedOut, awaited, uninterrupted
 from worker.kinds import TransactionKind
 from worker.queries import load
+from worker.step_connections import Sources
 from worker.transient import is_bad_data, is_conflict, is_transient
 
 _OPENING = "select set_config('stepwell.canary', %s, true), pg_current_xact_id()::text"
 _FATE = "select pg_xact_status(%s::xid8)"
-_DIALECT = "postgresql+psycopg://"
 
 
 class Committed(NamedTuple):
@@ -74,7 +69,9 @@ class Refused(NamedTuple):
     message: str
 
 
-TransactionOutcome = Committed | Raised | Repeat | Uncertain | Lost | EndedByStep | Refused | TimedOut | CutShort
+TransactionOutcome = (
+    Committed | Raised | Repeat | Uncertain | Lost | EndedByStep | Refused | TimedOut | CutShort
+)
 
 Documents = tuple[str, str, str]
 Conclude = Callable[[Any], Documents]
@@ -88,7 +85,7 @@ class Transactions:
         self._worker_id = worker_id
         self._executor = executor
         self._free = asyncio.Semaphore(limit)
-        self._connections = _Connections(url, f"stepwell {worker_id}", limit)
+        self._sources = Sources(url, f"stepwell {worker_id}", limit)
 
     async def execute(self, call: Call, timeout: float | None, conclude: Conclude) -> TransactionOutcome:
         """Execute a transactional step, and commit it with what `conclude` makes of its value."""
@@ -106,11 +103,11 @@ class Transactions:
 
     async def close(self) -> None:
         """Close every connection; safe twice."""
-        await self._connections.close()
+        await self._sources.close()
 
     async def _in_thread(self, kind: TransactionKind, attempt: _Attempt, timeout: float | None) -> Any:
         loop = asyncio.get_running_loop()
-        self._connections.prepare(kind)
+        source = self._sources.of(kind)
 
         def concluded(value: Any) -> Documents:
             async def conclude() -> Documents:
@@ -119,12 +116,16 @@ class Transactions:
             return asyncio.run_coroutine_threadsafe(conclude(), loop).result()
 
         def work() -> Committed:
-            with self._connections.sync(kind, attempt) as (driver, given):
+            with (
+                source.opened(_OPENING, (attempt.canary,)) as (connection, driver, row),
+                _rolled_back(driver, attempt, row[1]),
+                source.given(kind, connection) as given,
+            ):
                 args, kwargs = attempt.call.bound()
                 with _guarded(driver, _forbidden):
                     value = attempt.call.step.function(given, *args, **kwargs)
                     _check_open(driver, attempt)
-                    if isinstance(given, Session):
+                    if kind is TransactionKind.SQLALCHEMY_SESSION:
                         given.commit()
                 documents = concluded(value)
                 with driver.pipeline():
@@ -140,9 +141,13 @@ class Transactions:
         return answer
 
     async def _in_loop(self, kind: TransactionKind, attempt: _Attempt, timeout: float | None) -> Any:
-        await self._connections.prepare_async(kind)
+        source = self._sources.of_async(kind)
         try:
-            async with self._connections.asynchronous(kind, attempt) as (driver, given):
+            async with (
+                source.opened(_OPENING, (attempt.canary,)) as (connection, driver, row),
+                _rolled_back_async(driver, attempt, row[1]),
+                source.given(kind, connection) as given,
+            ):
                 args, kwargs = attempt.call.bound()
                 with _guarded(driver, _forbidden_async), executing(attempt.call.facts, attempt.call.info):
                     answer = await awaited(_called(attempt, driver, given, args, kwargs), timeout)
@@ -183,7 +188,7 @@ class _Attempt:
         """Judge what was raised, by the step, by the database, or on the way."""
         original: Any = getattr(error, "orig", None) or error
         state = getattr(original, "sqlstate", None) or ""
-        if not self.transaction and (database.is_disconnect(error) or isinstance(error, NoneFreeError)):
+        if not self.transaction and (database.is_disconnect(error) or _is_none_free(error)):
             return Repeat(error, begun=False)
         if database.is_disconnect(error):
             return Uncertain() if self.concluding else Repeat(error)
@@ -196,6 +201,12 @@ class _Attempt:
         if is_bad_data(original) and "flush_v1" in (original.diag.context or ""):
             return Refused(f"{original.diag.message_primary} (SQLSTATE {state})")
         return Raised(error, final=self.concluding and not state)
+
+
+def _is_none_free(error: BaseException) -> bool:
+    """Tell whether all connections of SQLAlchemy's pool are taken, by steps that were abandoned."""
+    loaded = sys.modules.get("sqlalchemy.exc")
+    return loaded is not None and isinstance(error, loaded.TimeoutError)
 
 
 class _AbandonedError(Exception):
@@ -214,120 +225,12 @@ class _RolledBackError(Exception):
         self.answer = answer
 
 
-class _Connections:
-    """What the six kinds of connections and sessions come from, each made at its first use."""
-
-    def __init__(self, url: str, name: str, limit: int) -> None:
-        self._url, self._name, self._limit = url, name, limit
-        self._pool: ConnectionPool[Any] | None = None
-        self._async_pool: AsyncConnectionPool[Any] | None = None
-        self._engine: Engine | None = None
-        self._async_engine: AsyncEngine | None = None
-        self._closed = False
-
-    def prepare(self, kind: TransactionKind) -> None:
-        """Make the source of a kind that is used from threads."""
-        if kind is TransactionKind.PSYCOPG:
-            if self._pool is None:
-                self._pool = database.pool(
-                    self._url, application_name=self._name, max_size=self._limit, autocommit=False, json_as_text=False
-                )
-                self._pool.open()
-        elif self._engine is None:
-            self._engine = create_engine(
-                _DIALECT, creator=self._connect, pool_size=self._limit, max_overflow=0, pool_pre_ping=True
-            )
-
-    async def prepare_async(self, kind: TransactionKind) -> None:
-        """Make the source of a kind that is used in the loop."""
-        if kind is TransactionKind.PSYCOPG_ASYNC:
-            if self._async_pool is None:
-                self._async_pool = database.async_pool(
-                    self._url, application_name=self._name, max_size=self._limit, autocommit=False, json_as_text=False
-                )
-                await self._async_pool.open()
-        elif self._async_engine is None:
-            self._async_engine = create_async_engine(
-                _DIALECT, async_creator=self._connect_async, pool_size=self._limit, max_overflow=0, pool_pre_ping=True
-            )
-
-    @contextmanager
-    def sync(self, kind: TransactionKind, attempt: _Attempt) -> Iterator[tuple[Any, Any]]:
-        """Open a transaction; yield the driver's connection and what the step is given."""
-        if kind is TransactionKind.PSYCOPG:
-            assert self._pool is not None  # prepared
-            with self._pool.connection() as connection:
-                opened = connection.execute(_OPENING, (attempt.canary,)).fetchone()
-                with _rolled_back(connection, attempt, opened[1]):
-                    yield connection, connection
-            return
-        with self._sqlalchemy() as connection:
-            opened = connection.exec_driver_sql(_OPENING, (attempt.canary,)).one()
-            driver: Any = connection.connection.driver_connection
-            with _rolled_back(driver, attempt, opened[1]):
-                if kind is TransactionKind.SQLALCHEMY_CONNECTION:
-                    yield driver, connection
-                else:
-                    with Session(connection, join_transaction_mode="create_savepoint") as session:
-                        yield driver, session
-
-    @contextmanager
-    def _sqlalchemy(self) -> Iterator[Connection]:
-        assert self._engine is not None  # prepared
-        with self._engine.connect() as connection:
-            try:
-                yield connection
-            finally:
-                if self._closed:  # an abandoned step comes back: nobody else would close its connection
-                    connection.invalidate()
-
-    @asynccontextmanager
-    async def asynchronous(self, kind: TransactionKind, attempt: _Attempt) -> AsyncIterator[tuple[Any, Any]]:
-        """Open a transaction; yield the driver's connection and what the step is given."""
-        async with AsyncExitStack() as stack:
-            given: Any
-            if kind is TransactionKind.PSYCOPG_ASYNC:
-                assert self._async_pool is not None  # prepared
-                driver = given = await stack.enter_async_context(self._async_pool.connection())
-                opened = await (await driver.execute(_OPENING, (attempt.canary,))).fetchone()
-            else:
-                assert self._async_engine is not None  # prepared
-                given = await stack.enter_async_context(self._async_engine.connect())
-                opened = (await given.exec_driver_sql(_OPENING, (attempt.canary,))).one()
-                driver = (await given.get_raw_connection()).driver_connection
-            await stack.enter_async_context(_rolled_back_async(driver, attempt, opened[1]))
-            if kind is TransactionKind.SQLALCHEMY_ASYNC_SESSION:
-                given = await stack.enter_async_context(
-                    AsyncSession(given, join_transaction_mode="create_savepoint")
-                )
-            yield driver, given
-
-    async def close(self) -> None:
-        self._closed = True
-        if self._pool is not None:
-            await asyncio.to_thread(self._pool.close)
-        if self._engine is not None:
-            await asyncio.to_thread(self._engine.dispose)
-        if self._async_pool is not None:
-            await self._async_pool.close()
-        if self._async_engine is not None:
-            await self._async_engine.dispose()
-
-    def _connect(self) -> psycopg.Connection[Any]:
-        return database.connect(self._url, application_name=self._name, autocommit=False, json_as_text=False)
-
-    async def _connect_async(self) -> psycopg.AsyncConnection[Any]:
-        return await database.connect_async(
-            self._url, application_name=self._name, autocommit=False, json_as_text=False
-        )
-
-
 async def _called(
     attempt: _Attempt, driver: Any, given: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     value = await attempt.call.step.function(given, *args, **kwargs)
     _check_open(driver, attempt)
-    if isinstance(given, AsyncSession):
+    if attempt.call.step.transaction is TransactionKind.SQLALCHEMY_ASYNC_SESSION:
         await given.commit()
     return value
 
