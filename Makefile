@@ -42,9 +42,8 @@ lint: setup ## Check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: setup ## Check the types of the code, and of the public API as its users see it
+types: setup ## Check the types of the code; tests/typing checks the public API as its users see it
 	$(BIN)/mypy
-	$(BIN)/mypy tests/typing
 	$(BIN)/pyright
 
 layers: setup ## Check which module may import which

@@ -43,7 +43,9 @@ def main(repeat: int, runs: int, postgres: int, only: str, json_file: Path | Non
     plan = {name: scenario for name, scenario in _plan(runs).items() if only in name}
     taken: dict[str, list[Figures]] = defaultdict(list)
     with bench(postgres) as machine:
-        click.echo(f"PostgreSQL {postgres}, Python {platform.python_version()}, {platform.machine()}, durable commits")
+        click.echo(
+            f"PostgreSQL {postgres}, Python {platform.python_version()}, {platform.machine()}, durable commits"
+        )
         for round_ in range(1, repeat + 1):
             for name, scenario in plan.items():
                 began = time.monotonic()
@@ -67,7 +69,9 @@ def table(taken: dict[str, list[Figures]]) -> list[str]:
     for name, rounds in taken.items():
         if floors and name.startswith("two steps"):
             pairs = zip(rounds, floors, strict=True)
-            lines.append(_row(name, "× pgbench", [a["runs_per_second"] / b["runs_per_second"] for a, b in pairs]))
+            lines.append(
+                _row(name, "× pgbench", [a["runs_per_second"] / b["runs_per_second"] for a, b in pairs])
+            )
     return lines
 
 

@@ -88,8 +88,12 @@ def bench(version: int) -> Iterator[Bench]:
 def binaries(version: int) -> Path:
     """Return where the server's programs are: the system's for the version that it has, else the wheel's."""
     try:
-        found = subprocess.run(["pg_config", "--bindir"], capture_output=True, text=True, check=True).stdout.strip()
-        said = subprocess.run([f"{found}/postgres", "--version"], capture_output=True, text=True, check=True).stdout
+        found = subprocess.run(
+            ["pg_config", "--bindir"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        said = subprocess.run(
+            [f"{found}/postgres", "--version"], capture_output=True, text=True, check=True
+        ).stdout
         if f" {version}." in said:
             return Path(found)
     except (OSError, subprocess.CalledProcessError):

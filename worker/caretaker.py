@@ -68,7 +68,9 @@ class Caretaker:
             return 0.0
         reconnected = self._connections != self._claimant.connections
         now = time.monotonic()
-        if reconnected or now - self._house_kept_at >= (TICK_SECONDS if self._suspicious else HOUSEKEEPING_SECONDS):
+        if reconnected or now - self._house_kept_at >= (
+            TICK_SECONDS if self._suspicious else HOUSEKEEPING_SECONDS
+        ):
             self._connections = self._claimant.connections
             self._house_kept_at = now
             await self._keep_house()
@@ -96,6 +98,10 @@ class Caretaker:
         strays = {stray for stray in claimed if stray.task not in held}
         for stray in strays & self._suspicious:
             await self._committer.commit(
-                Writing(Transition(stray.task, stray.attempt, stray.position, str(stray.run_id), 0, "release", wakeups=0))
+                Writing(
+                    Transition(
+                        stray.task, stray.attempt, stray.position, str(stray.run_id), 0, "release", wakeups=0
+                    )
+                )
             )
         self._suspicious = strays - self._suspicious

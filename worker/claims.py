@@ -135,7 +135,14 @@ class Claimant:
             await connection.close()
 
     async def register(
-        self, *, supervisor: int | None, host: str, pid: int, release: str, queues: list[str], names: list[str]
+        self,
+        *,
+        supervisor: int | None,
+        host: str,
+        pid: int,
+        release: str,
+        queues: list[str],
+        names: list[str],
     ) -> None:
         """Insert the worker's row; from here on it may claim."""
         await self._run("register", (self.worker_id, supervisor, host, pid, release, queues, names))
@@ -233,4 +240,3 @@ def record_of(row: Sequence[Any]) -> Record:
         error=None if error is None else msgspec.json.decode(error),
         fingerprint=fingerprint, at=at, seq=seq, epoch=epoch,
     )  # fmt: skip
-

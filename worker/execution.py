@@ -77,7 +77,9 @@ class Call(NamedTuple):
 
     def encoded(self, value: Any) -> str:
         """Return the result as JSON text. Raises PayloadError."""
-        return self.step.signature.encode_result(value, where=self.step.result_where, max_bytes=self.max_bytes)
+        return self.step.signature.encode_result(
+            value, where=self.step.result_where, max_bytes=self.max_bytes
+        )
 
 
 class Executor:
@@ -120,7 +122,9 @@ class Executor:
         """
         async with self._free:
             context = contextvars.copy_context()
-            future = asyncio.get_running_loop().run_in_executor(self._pool, context.run, _caught, call, function)
+            future = asyncio.get_running_loop().run_in_executor(
+                self._pool, lambda: context.run(_caught, call, function)
+            )
             ending: TimedOut | CutShort = TimedOut()
             try:
                 await asyncio.wait({future}, timeout=timeout)

@@ -44,9 +44,11 @@ class Source(Protocol):
 
     def opened(self, statement: str, parameters: tuple[Any, ...]) -> AbstractContextManager[Opened]:
         """Open a transaction by a statement. What is left open at the end is rolled back."""
+        ...
 
     def given(self, kind: TransactionKind, connection: Any, /) -> AbstractContextManager[Any]:
         """Yield what the step gets of an open transaction."""
+        ...
 
     async def close(self) -> None:
         """Close every connection."""
@@ -57,9 +59,11 @@ class AsyncSource(Protocol):
 
     def opened(self, statement: str, parameters: tuple[Any, ...]) -> AbstractAsyncContextManager[Opened]:
         """Open a transaction by a statement. What is left open at the end is rolled back."""
+        ...
 
     def given(self, kind: TransactionKind, connection: Any, /) -> AbstractAsyncContextManager[Any]:
         """Yield what the step gets of an open transaction."""
+        ...
 
     async def close(self) -> None:
         """Close every connection."""

@@ -109,7 +109,8 @@ class Standing:
 
     def now(self) -> datetime:
         """Return the database's time, carried on by the monotonic clock; never before the last record."""
-        now = self.claim.now + timedelta(seconds=time.monotonic() - self._claimed_at)
+        elapsed = timedelta(0, 0, int((time.monotonic() - self._claimed_at) * 1e6))
+        now = self.claim.now + elapsed
         return max(now, self._last_at)
 
     def remaining(self) -> float | None:
@@ -135,11 +136,24 @@ class Standing:
     # -- records
 
     def record_step(
-        self, step: DoStep, n: int, outcome: str, *, value: str | None = None, error: dict[str, Any] | None = None
+        self,
+        step: DoStep,
+        n: int,
+        outcome: str,
+        *,
+        value: str | None = None,
+        error: dict[str, Any] | None = None,
     ) -> Recorded:
         """Record an execution of a step: `n` 0 for the final outcome."""
         return self._record(
-            step.path, n, "step", step.step.name, outcome, value=value, error=error, fingerprint=step.fingerprint
+            step.path,
+            n,
+            "step",
+            step.step.name,
+            outcome,
+            value=value,
+            error=error,
+            fingerprint=step.fingerprint,
         )
 
     def record_interruption(self, step: DoStep, error: dict[str, Any] | None = None) -> Recorded:
@@ -164,7 +178,9 @@ class Standing:
     ) -> Recorded:
         at = self._last_at = self.now()
         claim = self.claim
-        record = Record(path, n, kind, name, outcome, value, error, fingerprint, at, self._seq + 1, claim.epoch)
+        record = Record(
+            path, n, kind, name, outcome, value, error, fingerprint, at, self._seq + 1, claim.epoch
+        )
         raw = None if value is None else msgspec.Raw(value.encode())
         row = RecordRow(
             task=claim.task, run_id=self.run, epoch=claim.epoch, path=path, n=n, kind=kind, name=name,
@@ -231,7 +247,12 @@ class Standing:
         return Writing(transition, (*(each.row for each in turn.records), *rows), end)
 
     def _ending(
-        self, turn: Turn, state: EndState, *, output: msgspec.Raw | None = None, error: dict[str, Any] | None = None
+        self,
+        turn: Turn,
+        state: EndState,
+        *,
+        output: msgspec.Raw | None = None,
+        error: dict[str, Any] | None = None,
     ) -> Writing:
         claim = self.claim
         ended = self._record((), 0, "run", claim.name, state, error=error)

@@ -74,7 +74,9 @@ class Fleet:
         self.db.close()
 
     def enqueue(self, workflow: str, **input: Any) -> UUID:
-        row = self.db.execute("select stepwell.enqueue(%s, %s)", (workflow, psycopg.types.json.Json(input))).fetchone()
+        row = self.db.execute(
+            "select stepwell.enqueue(%s, %s)", (workflow, psycopg.types.json.Json(input))
+        ).fetchone()
         assert row is not None
         run: UUID = row[0]
         return run
@@ -112,7 +114,8 @@ class Fleet:
     def history(self, run: UUID) -> list[tuple[str, int, str]]:
         """Return (name, n, outcome) of each record of steps and sleeps, in order."""
         return self.db.execute(
-            "select name, n, outcome from stepwell.outbox where run_id = %s and kind <> 'run' order by seq", (run,)
+            "select name, n, outcome from stepwell.outbox where run_id = %s and kind <> 'run' order by seq",
+            (run,),
         ).fetchall()
 
     # -- gates and kills

@@ -72,7 +72,9 @@ def count(text: str) -> int:
 def save(connection: psycopg.Connection, name: str, size: int) -> int:
     note("start", "save")
     pass_gate("before-save")
-    connection.execute("insert into saved (run, name, size) values (%s, %s, %s)", (str(current_step().run_id), name, size))
+    connection.execute(
+        "insert into saved (run, name, size) values (%s, %s, %s)", (str(current_step().run_id), name, size)
+    )
     note("effect", "save")
     pass_gate("after-save")
     return size

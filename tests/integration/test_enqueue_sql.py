@@ -296,6 +296,8 @@ def test_without_a_queue_a_run_goes_where_the_workers_publish_its_workflow(db: D
     db.execute(
         "insert into stepwell.workflows (name, version, input_schema, queue) values ('w', '', '{}', 'leads')"
     )
-    db.execute("select stepwell.enqueue('w'), stepwell.enqueue('w', queue => 'own'), stepwell.enqueue('other')")
+    db.execute(
+        "select stepwell.enqueue('w'), stepwell.enqueue('w', queue => 'own'), stepwell.enqueue('other')"
+    )
     rows = db.execute("select workflow, queue from stepwell.runs order by 1, 2").fetchall()
     assert rows == [("other", "default"), ("w", "leads"), ("w", "own")]

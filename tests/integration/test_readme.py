@@ -21,7 +21,9 @@ from tests.waiting import wait_until
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-COMMANDS = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines() if line.strip()]
+COMMANDS = [
+    line for language, text in BLOCKS if language == "sh" for line in text.splitlines() if line.strip()
+]
 LEADS = "id,name,email\n10,Ada,ada@example.com\n11,Grace,grace@example.com\nx,Nobody,nobody@example.com\n"
 
 
@@ -46,10 +48,17 @@ class Shop:
         (home / "leads.csv").write_text(LEADS)
 
     def run(self, command: str) -> str:
-        command = command.replace("localhost:9464", f"localhost:{self.port}").replace("port 9464", f"port {self.port}")
+        command = command.replace("localhost:9464", f"localhost:{self.port}").replace(
+            "port 9464", f"port {self.port}"
+        )
         if command.startswith("stepwell worker"):
             self.workers.append(
-                subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=self.home, env=self.environment, stderr=subprocess.DEVNULL)
+                subprocess.Popen(
+                    ["bash", "-c", f"exec {command}"],
+                    cwd=self.home,
+                    env=self.environment,
+                    stderr=subprocess.DEVNULL,
+                )
             )
             ready = f"curl -sf localhost:{self.port}/readyz"
             wait_until(lambda: self._shell(ready).returncode == 0, 30, what="the workers to be ready")
@@ -61,7 +70,13 @@ class Shop:
 
     def _shell(self, command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["bash", "-c", command], cwd=self.home, env=self.environment, capture_output=True, text=True, timeout=60, check=False
+            ["bash", "-c", command],
+            cwd=self.home,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
 
     def close(self) -> None:
@@ -99,7 +114,9 @@ def test_every_command_statement_and_file_of_the_readme_works(shop: Shop) -> Non
                 db.execute(text)  # type: ignore[call-overload]  # a script, not a literal
         assert shop.run("python enqueue.py") == "3\n"
         wait_until(
-            lambda: db.execute("select count(*) from stepwell.runs where state = 'succeeded'").fetchone() == (6,),
+            lambda: (
+                db.execute("select count(*) from stepwell.runs where state = 'succeeded'").fetchone() == (6,)
+            ),
             what="every lead to be welcomed",
         )
         rows = db.execute("select id from crm_leads order by id").fetchall()
@@ -109,7 +126,9 @@ def test_every_command_statement_and_file_of_the_readme_works(shop: Shop) -> Non
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
 def test_the_targets_of_the_readme_exist(command: str) -> None:
     """They are run by `.ci/run`, and the demo by a test of its own."""
-    assert subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True, check=False).returncode == 0
+    assert (
+        subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True, check=False).returncode == 0
+    )
 
 
 def test_the_links_of_the_readme_lead_somewhere() -> None:

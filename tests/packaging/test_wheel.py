@@ -39,7 +39,15 @@ def test_the_wheel_holds_the_schema_the_statements_and_the_leads(wheel: Path) ->
 def test_the_demo_runs_from_the_wheel_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True)
     bin_dir = tmp_path / "venv" / "bin"
-    install = [bin_dir / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{wheel}[demo]"]
+    install = [
+        bin_dir / "python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        f"{wheel}[demo]",
+    ]
     done = subprocess.run(install, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     demo = subprocess.run(
