@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, Self, TypeVar, cast
 from uuid import UUID
 
+import pytest
 from prometheus_client import REGISTRY
 from psycopg import AsyncConnection, sql
 from psycopg.rows import TupleRow
@@ -355,31 +355,6 @@ class Running:
         self.engine._committer.commit = commit  # type: ignore[method-assign,assignment]
 
 
-class Gate:
-    """Where an execution stands until the test opens; usable from async steps and from threads."""
-
-    def __init__(self) -> None:
-        self.entered = 0
-        self._open = threading.Event()
-        self._loop = asyncio.get_running_loop()
-        self._opened = asyncio.Event()
-
-    async def passed(self) -> None:
-        self.entered += 1
-        await self._opened.wait()
-
-    def passed_in_thread(self) -> None:
-        self.entered += 1
-        assert self._open.wait(30), "nobody opened the gate"
-
-    def open(self) -> None:
-        self._open.set()
-        self._opened.set()
-
-    async def reached(self, times: int = 1) -> None:
-        await wait_until_async(lambda: self.entered >= times, what=f"{times} executions at the gate")
-
-
 def at(path: int, n: int = 0) -> Callable[[Writing], bool]:
     """Return the predicate of the writing that records this execution."""
     return lambda writing: any(tuple(r.path) == (path,) and r.n == n for r in writing.records)
@@ -401,6 +376,12 @@ async def until(condition: Callable[[], Awaitable[T | None]], timeout: float = 1
     """Return the first truthy answer of an async `condition`."""
     answer: T = await wait_until_async(cast("Callable[[], Any]", condition), timeout, what=what)
     return answer
+
+
+def keep_house_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have strays, unknown names and suspects noticed in a moment instead of in seconds."""
+    monkeypatch.setattr("worker.caretaker.HOUSEKEEPING_SECONDS", 0.1)
+    monkeypatch.setattr("worker.caretaker.TICK_SECONDS", 0.1)
 
 
 def counted(name: str) -> float:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from tests.engines import Gate, Lab, Run, counted
+from tests.effects import Gate
+from tests.engines import Lab, Run, counted
 from worker import sleep, step, workflow
 from worker.definitions import Registry, Workflow, collecting
 

@@ -14,7 +14,8 @@ import psycopg
 import pytest
 import pytest_asyncio
 
-from tests.engines import Gate, Lab, Running, until
+from tests.effects import Gate
+from tests.engines import Lab, Running, keep_house_often, until
 from tests.waiting import wait_until_async
 from worker import sleep, step, workflow
 from worker.definitions import Workflow, collecting
@@ -228,8 +229,7 @@ async def test_an_output_that_is_refused_blocks_the_run_without_it(lab: Lab) -> 
 async def test_a_run_whose_very_end_is_refused_neither_spins_nor_is_executed_again(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.caretaker.HOUSEKEEPING_SECONDS", 0.1)
-    monkeypatch.setattr("worker.caretaker.TICK_SECONDS", 0.1)
+    keep_house_often(monkeypatch)
     monkeypatch.setattr("worker.advance.UNWRITABLE_SECONDS", 0.3)
     sending = Sending()
     run = await lab.enqueue(sending.flow, {"n": 1})

@@ -3,54 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from outbox.settings import Settings
-from tests.engines import Gate, Lab, counted, until
+from tests.effects import Gate, two_steps
+from tests.engines import Lab, counted, keep_house_often
 from tests.waiting import wait_until_async
 from worker import step, workflow
 from worker.claims import DeclaredDead
-from worker.definitions import Registry, Workflow, collecting
-from worker.engine import Engine
+from worker.definitions import collecting
 
 
 @pytest_asyncio.fixture
 async def lab(database_url: str) -> AsyncIterator[Lab]:
     async with Lab(database_url) as opened:
         yield opened
-
-
-def two_steps(gate: Gate, executed: list[str]) -> tuple[Registry, Workflow[..., Any]]:
-    """Return a workflow whose async first step stands at the gate."""
-    with collecting() as registry:
-
-        @step
-        async def first() -> None:
-            executed.append("first")
-            await gate.passed()
-
-        @step
-        async def second() -> str:
-            executed.append("second")
-            return "done"
-
-        @workflow
-        async def two() -> str:
-            await first()
-            return await second()
-
-    return registry, two
-
-
-def keep_house_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have strays, unknown names and suspects noticed in a moment instead of in seconds."""
-    monkeypatch.setattr("worker.caretaker.HOUSEKEEPING_SECONDS", 0.1)
-    monkeypatch.setattr("worker.caretaker.TICK_SECONDS", 0.1)
 
 
 # -- drain
@@ -158,8 +127,11 @@ async def test_a_held_step_that_a_drain_cuts_short_waits_for_a_person(lab: Lab) 
         assert (await lab.ended(run)).error["type"] == "Held"
 
 
-async def test_a_drain_ends_although_a_step_refuses_to_be_cancelled(lab: Lab) -> None:
+async def test_a_drain_ends_although_a_step_refuses_to_be_cancelled(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever swallows a cancellation for ever must not hold the process."""
+    monkeypatch.setattr("worker.engine.CUT_SECONDS", 0.2)
     gate = Gate()
     with collecting() as registry:
 
@@ -239,7 +211,10 @@ async def test_a_stop_ends_a_drain_that_takes_too_long(lab: Lab) -> None:
         await engine.ended(5)
 
 
-async def test_a_stop_ends_at_once_although_the_step_cleans_up_slowly(lab: Lab) -> None:
+async def test_a_stop_ends_at_once_although_the_step_cleans_up_slowly(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.engine.CUT_SECONDS", 0.2)
     gate, cleaning = Gate(), asyncio.Event()
     with collecting() as registry:
 
@@ -268,7 +243,7 @@ async def test_a_stop_ends_at_once_although_the_step_cleans_up_slowly(lab: Lab) 
 
 async def test_an_engine_that_was_buried_ends_with_declared_dead(lab: Lab) -> None:
     registry, _ = two_steps(Gate(), [])
-    async with lab.engine(registry) as engine:
+    async with lab.engine(registry, poll_seconds=0.1) as engine:
         await lab.execute("select stepwell.bury_v1(%s)", [engine.id])
         with pytest.raises(DeclaredDead):
             await engine.ended(10)
@@ -297,7 +272,7 @@ async def test_an_engine_that_was_buried_ends_with_declared_dead_while_it_execut
             else:
                 await waiting()
 
-    async with lab.engine(registry) as engine:
+    async with lab.engine(registry, poll_seconds=0.1) as engine:
         await lab.enqueue(stuck, {"synchronous": synchronous})
         await gate.reached()
         await lab.execute("select stepwell.bury_v1(%s)", [engine.id])
@@ -348,265 +323,6 @@ async def test_a_write_that_was_fenced_ends_the_local_execution_only(
         # What the engine does not know that it holds, its audit gives back.
         assert await lab.succeeded(run) == "done"
         await engine.drain()
-
-
-# -- claiming
-
-
-async def test_a_claim_whose_answer_was_lost_is_given_back(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    keep_house_often(monkeypatch)
-    gate, executed = Gate(), list[str]()
-    gate.open()
-    registry, two = two_steps(gate, executed)
-    async with lab.engine(registry) as engine:
-        run = await lab.enqueue(two, delay="1 hour")
-        await lab.execute(
-            "update stepwell.tasks set state = 'claimed', claimed_by = %s, due_at = null, attempt = 1"
-            " where run_id = %s",
-            [engine.id, run],
-        )
-        assert await lab.succeeded(run) == "done"
-    assert executed == ["first", "second"]
-
-
-async def test_never_more_runs_are_in_flight_than_there_are_slots(lab: Lab) -> None:
-    flying: list[int] = [0]
-    highest: list[int] = []
-    with collecting() as registry:
-
-        @step
-        async def fly() -> None:
-            flying[0] += 1
-            highest.append(flying[0])
-            await asyncio.sleep(0.001)
-            flying[0] -= 1
-
-        @workflow
-        async def flight() -> None:
-            await fly()
-            await fly()
-
-    await lab.enqueue_many(flight, [{}] * 2000)
-    most_claimed = 0
-    async with lab.engine(registry, concurrency=50) as engine:
-        while (await lab.states()).get("open"):
-            claimed = await lab.execute("select count(*) from stepwell.tasks where state = 'claimed'")
-            most_claimed = max(most_claimed, claimed[0][0])
-            assert engine.engine.vitals().in_flight <= 50
-    assert await lab.states() == {"succeeded": 2000}
-    assert most_claimed <= 50
-    assert 10 < max(highest) <= 50
-    assert len(highest) == 4000
-    assert await lab.totals("step") == {"completed": 4000}
-    assert await lab.totals("run") == {"succeeded": 2000}
-
-
-async def test_queues_are_served_apart_and_all_of_them(lab: Lab) -> None:
-    gate, executed = Gate(), list[str]()
-    gate.open()
-    registry, two = two_steps(gate, executed)
-    async with lab.engine(registry, queues=("a", "b")):
-        runs = [await lab.enqueue(two, queue=queue) for queue in ("a", "b", "a", "b")]
-        elsewhere = await lab.enqueue(two, queue="c")
-        for run in runs:
-            await lab.succeeded(run)
-        assert await lab.status(elsewhere) == "pending"
-
-
-async def test_a_ring_is_not_lost_between_the_claims_of_two_queues(database_url: str) -> None:
-    engine = Engine(Registry(), Settings(), url=database_url, worker_id=1, queues=("a", "b"))
-
-    async def claim(queue: str, known: list[str], at_most: int, *, alone: bool = False) -> list[Any]:
-        if queue == "a":
-            engine._rung()  # somebody enqueues to the queue that was just looked at
-        return []
-
-    engine._claimant.claim = claim  # type: ignore[method-assign]
-    await engine.run_once()
-    assert engine._changed.is_set()
-
-
-async def test_unknown_workflows_are_neither_claimed_nor_in_the_way(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keep_house_often(monkeypatch)
-    gate, executed = Gate(), list[str]()
-    gate.open()
-    registry, two = two_steps(gate, executed)
-    with collecting() as other:
-
-        @workflow
-        def unheard_of() -> str:
-            return "heard"
-
-    await lab.execute(
-        "select id from stepwell.enqueue_many('unheard_of', array_fill('{}'::json, array[3000]), priority => 0)"
-    )
-    started = time.monotonic()
-    async with lab.engine(registry):
-        assert await lab.succeeded(await lab.enqueue(two)) == "done"
-        assert time.monotonic() - started < 5
-
-        async def shelved() -> bool:
-            rows = await lab.execute(
-                "select count(*) from stepwell.tasks where state = 'shelved' and attempt = 0"
-            )
-            return bool(rows == [(3000,)])
-
-        await until(shelved)
-        async with lab.engine(other):
-            await lab.all_succeeded(3001)
-
-
-# -- suspects and poison
-
-
-def poisonous(gate: Gate, executed: list[tuple[str, int]]) -> tuple[Registry, Workflow[..., Any]]:
-    """Return a workflow that counts who runs beside it."""
-    flying = [0]
-    with collecting() as registry:
-
-        @step
-        async def work(name: str) -> None:
-            flying[0] += 1
-            executed.append((name, flying[0]))
-            try:
-                await gate.passed()
-            finally:
-                flying[0] -= 1
-
-        @workflow
-        async def working(name: str) -> str:
-            await work(name)
-            return name
-
-    return registry, working
-
-
-async def test_a_task_that_two_workers_died_of_is_run_alone(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keep_house_often(monkeypatch)
-    gate, executed = Gate(), list[tuple[str, int]]()
-    registry, working = poisonous(gate, executed)
-    runs = [await lab.enqueue(working, {"name": name}) for name in ("x", "y")]
-    for death in (1, 2):
-        async with lab.engine(registry) as engine:
-            await gate.reached(2 * death)
-            await engine.crash()
-    assert [await lab.status(run) for run in runs] == ["waiting", "waiting"]
-    assert {(await lab.execute("select state from stepwell.tasks"))[0][0]} == {"suspect"}
-    executed.clear()
-    gate.open()
-    async with lab.engine(registry):
-        others = await lab.enqueue_many(working, [{"name": "z"}] * 20)
-        for run in (*runs, *others):
-            await lab.succeeded(run)
-    assert [(name, beside) for name, beside in executed if name != "z"] in (
-        [("x", 1), ("y", 1)],
-        [("y", 1), ("x", 1)],
-    )
-
-
-async def test_waiting_for_a_suspect_does_not_spin(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    keep_house_often(monkeypatch)
-    gate, executed = Gate(), list[tuple[str, int]]()
-    registry, working = poisonous(gate, executed)
-    run = await lab.enqueue(working, {"name": "x"})
-    for death in (1, 2):
-        async with lab.engine(registry) as engine:
-            await gate.reached(death)
-            await engine.crash()
-    async with lab.engine(registry) as engine:
-        await gate.reached(3)
-        engine.engine._rung()
-        waits = 0
-        wait = engine.engine._wait
-
-        async def counting(seconds: float) -> None:
-            nonlocal waits
-            waits += 1
-            await wait(seconds)
-
-        engine.engine._wait = counting  # type: ignore[method-assign]
-        await asyncio.sleep(0.3)
-        assert waits < 20
-        gate.open()
-        await lab.succeeded(run)
-
-
-async def test_a_suspect_that_executes_alone_can_be_cancelled_between_its_steps(lab: Lab) -> None:
-    gates = [Gate(), Gate()]
-    with collecting() as registry:
-
-        @step
-        async def work(n: int) -> None:
-            await gates[n].passed()
-
-        @workflow
-        async def working() -> None:
-            await work(0)
-            await work(1)
-
-    run = await lab.enqueue(working)
-    for death in (1, 2):
-        async with lab.engine(registry) as engine:
-            await gates[0].reached(death)
-            await engine.crash()
-    async with lab.engine(registry):
-        await gates[0].reached(3)
-        assert await lab.cancel(run)
-
-        async def told() -> bool:
-            return bool(
-                (await lab.execute("select bool_or(cancelling) from stepwell.tasks where kind = 'run'"))[0][0]
-            )
-
-        try:
-            await until(told)
-        finally:
-            for gate in gates:
-                gate.open()
-        assert (await lab.ended(run)).state == "cancelled"
-
-
-async def test_what_kills_its_worker_alone_is_blocked_and_its_neighbours_are_not(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keep_house_often(monkeypatch)
-    gate, executed = Gate(), list[tuple[str, int]]()
-    registry, working = poisonous(gate, executed)
-    poison = await lab.enqueue(working, {"name": "poison"}, priority=0)
-    neighbour = await lab.enqueue(working, {"name": "neighbour"})
-    for _ in range(2):
-        async with lab.engine(registry) as engine:
-            await wait_until_async(lambda: len(executed) == 2)
-            await engine.crash(poison_after=2)
-            executed.clear()
-    # Alone, twice, with the poison; the neighbour is a suspect as well but is never executed beside it.
-    deaths = 0
-    gate_of_neighbour_open = False
-    while deaths < 2:
-        async with lab.engine(registry) as engine:
-            await wait_until_async(lambda: len(executed) == 1)
-            if executed[0][0] == "neighbour":
-                gate.open()
-                gate_of_neighbour_open = True
-                await lab.succeeded(neighbour)
-                executed.clear()
-                gate.__init__()  # type: ignore[misc]
-                await wait_until_async(lambda: len(executed) == 1)
-            assert executed == [("poison", 1)]
-            await engine.crash(poison_after=2)
-            executed.clear()
-            deaths += 1
-    blocked = await lab.run(poison)
-    assert blocked.state == "blocked"
-    assert blocked.error["type"] == "PoisonStep"
-    if not gate_of_neighbour_open:
-        gate.open()
-        async with lab.engine(registry):
-            await lab.succeeded(neighbour)
 
 
 # -- small helpers

@@ -11,7 +11,8 @@ import psycopg
 import pytest
 import pytest_asyncio
 
-from tests.engines import Gate, Lab
+from tests.effects import Gate
+from tests.engines import Lab
 from tests.postgres import Cluster
 from tests.waiting import wait_until_async
 from worker import sleep, step, transaction, workflow

@@ -12,7 +12,8 @@ import pytest
 import pytest_asyncio
 from tenacity import stop_after_attempt, wait_fixed
 
-from tests.engines import Gate, Lab, until
+from tests.effects import Gate
+from tests.engines import Lab, until
 from tests.waiting import wait_until_async
 from worker import now, retrying, sleep, sleep_until, step, wait, workflow
 from worker.definitions import Registry, Workflow, collecting
