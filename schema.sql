@@ -437,9 +437,13 @@ left join stepwell.tasks t on t.run_id = r.id and t.kind = 'run' and t.path = '{
 -- =====================================================================================================
 --
 -- Functions, because each statement inside sees a fresh snapshot and the whole costs one round trip. The
--- version in the name lets two releases share a database. Planner settings are pinned: the tables swing
--- between empty and millions of rows faster than statistics follow, and there is one right plan for each
--- statement, by index and nested loop.
+-- version in the name lets two releases share a database.
+--
+-- The tasks swing between none and millions of rows faster than statistics follow, and there is one right plan
+-- for each statement, by index. So planner settings are pinned, and no join decides how tasks are found: to a
+-- planner that takes the table for nearly empty (a queue that was worked off, vacuumed, and filled again) reading
+-- all of it costs no more than one look-up. Tasks and runs are found by `id = any (…)` alone, and what was found
+-- is matched with each other, or with the input, by hashing.
 
 -- Make a worker known; it may claim from now on. Tasks that were shelved because nobody knew their name
 -- become ready.
@@ -462,18 +466,18 @@ create function stepwell.unshelve_v1(my_queues text[], my_names text[], at_most 
     language plpgsql
     set search_path = pg_catalog, stepwell, pg_temp
     set plan_cache_mode = force_generic_plan
-    set enable_seqscan = off
+    set enable_sort = off set enable_seqscan = off set enable_bitmapscan = off
+    set enable_hashjoin = off set enable_mergejoin = off set jit = off
 as $$
 declare
-    done int;
+    found_ids bigint[];
 begin
-    with found as materialized (
-        select t.id from tasks t
-        where t.state = 'shelved' and t.queue = any (my_queues) and t.name = any (my_names)
-        limit at_most for update skip locked)
-    update tasks t set state = 'ready', turn = nextval('stepwell.turns') from found where t.id = found.id;
-    get diagnostics done = row_count;
-    return done;
+    select array_agg(f.id) into found_ids
+    from (select t.id from tasks t
+          where t.state = 'shelved' and t.queue = any (my_queues) and t.name = any (my_names)
+          limit at_most for update skip locked) f;
+    update tasks t set state = 'ready', turn = nextval('stepwell.turns') where t.id = any (found_ids);
+    return coalesce(cardinality(found_ids), 0);
 end
 $$;
 
@@ -484,12 +488,14 @@ create function stepwell.shelve_v1(on_queue text, at_most int) returns int
     language plpgsql
     set search_path = pg_catalog, stepwell, pg_temp
     set plan_cache_mode = force_generic_plan
-    set enable_sort = off set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
+    set enable_sort = off set enable_seqscan = off set enable_bitmapscan = off
+    set enable_hashjoin = off set enable_mergejoin = off set jit = off
 as $$
 declare
-    known text[];
-    done  int := 0;
-    got   int;
+    known     text[];
+    last      bigint;
+    strangers bigint[];
+    done      int := 0;
 begin
     select coalesce(array_agg(distinct n), '{}') into known
     from workers w, unnest(w.names) n where w.dead_at is null and on_queue = any (w.queues);
@@ -497,16 +503,17 @@ begin
         return 0;
     end if;
     for g in 0..19 loop
-        with head as materialized (
-            select t.id, t.name from tasks t
-            where t.state = 'ready' and t.queue = on_queue and t.priority = g / 2 and t.fresh = (g % 2 = 1)
-            order by t.turn limit at_most),
-        strangers as materialized (
-            select t.id from head join tasks t on t.id = head.id
-            where head.name <> all (known) and t.state = 'ready' for update of t skip locked)
-        update tasks t set state = 'shelved' from strangers where t.id = strangers.id;
-        get diagnostics got = row_count;
-        done := done + got;
+        select max(head.turn) into last
+        from (select t.turn from tasks t
+              where t.state = 'ready' and t.queue = on_queue and t.priority = g / 2 and t.fresh = (g % 2 = 1)
+              order by t.turn limit at_most) head;
+        select array_agg(s.id) into strangers
+        from (select t.id from tasks t
+              where t.state = 'ready' and t.queue = on_queue and t.priority = g / 2 and t.fresh = (g % 2 = 1)
+                and t.turn <= last and t.name <> all (known)
+              for update skip locked) s;
+        update tasks t set state = 'shelved' where t.id = any (strangers);
+        done := done + coalesce(cardinality(strangers), 0);
     end loop;
     return done;
 end
@@ -531,53 +538,38 @@ returns table (
     set search_path = pg_catalog, stepwell, pg_temp
     set plan_cache_mode = force_generic_plan
     set enable_sort = off set enable_seqscan = off set enable_bitmapscan = off
-    set enable_hashjoin = off set enable_mergejoin = off set jit = off
+    set enable_nestloop = off set enable_mergejoin = off set jit = off
 as $$
 #variable_conflict use_column
 declare
-    ids  bigint[] := '{}';
+    ids  bigint[];
     got  bigint[];
     free int := at_most;
+    of_runs uuid[];
 begin
     perform 1 from workers w where w.id = me and w.dead_at is null for key share;
     if not found then
         raise exception 'stepwell: worker % is not registered or was declared dead', me using errcode = 'SW003';
     end if;
 
-    with picked as materialized (
-        select t.id from tasks t
-        where t.state = 'ready' and t.queue = 'stepwell' and t.priority = 0 and not t.fresh
-        order by t.turn limit 100 for update skip locked),
-    taken as (
-        update tasks t set state = 'claimed', claimed_by = me, attempt = t.attempt + 1
-        from picked where t.id = picked.id returning t.id)
-    select array_agg(taken.id) into got from taken;
-    ids := coalesce(got, '{}');
+    select array_agg(p.id) into ids
+    from (select t.id from tasks t
+          where t.state = 'ready' and t.queue = 'stepwell' and t.priority = 0 and not t.fresh
+          order by t.turn limit 100 for update skip locked) p;
 
     if alone then
-        with picked as materialized (
+        ids := ids || array(
             select t.id from tasks t
             where t.state = 'suspect' and t.queue = on_queue and t.name = any (known)
-            limit 1 for update skip locked),
-        taken as (
-            update tasks t set state = 'claimed', claimed_by = me, attempt = t.attempt + 1, solo = true
-            from picked where t.id = picked.id returning t.id)
-        select array_agg(taken.id) into got from taken;
-        ids := ids || coalesce(got, '{}');
+            limit 1 for update skip locked);
     else
         for g in 0..19 loop
             exit when free <= 0;
-            with picked as materialized (
-                select t.id from tasks t
-                where t.state = 'ready' and t.queue = on_queue and t.priority = g / 2 and t.fresh = (g % 2 = 1)
-                  and t.turn >= floors[g + 1] and t.name = any (known)
-                order by t.turn limit free for update skip locked),
-            taken as (
-                update tasks t
-                set state = 'claimed', claimed_by = me, attempt = t.attempt + 1, solo = false,
-                    started_at = coalesce(t.started_at, clock_timestamp())
-                from picked where t.id = picked.id returning t.id)
-            select array_agg(taken.id) into got from taken;
+            select array_agg(p.id) into got
+            from (select t.id from tasks t
+                  where t.state = 'ready' and t.queue = on_queue and t.priority = g / 2 and t.fresh = (g % 2 = 1)
+                    and t.turn >= floors[g + 1] and t.name = any (known)
+                  order by t.turn limit free for update skip locked) p;
             if got is not null then
                 ids := ids || got;
                 free := free - cardinality(got);
@@ -585,9 +577,15 @@ begin
         end loop;
     end if;
 
-    if ids = '{}' then
+    if coalesce(cardinality(ids), 0) = 0 then
         return;
     end if;
+    with taken as (
+        update tasks t
+        set state = 'claimed', claimed_by = me, attempt = t.attempt + 1, solo = alone and t.kind = 'run',
+            started_at = coalesce(t.started_at, clock_timestamp())
+        where t.id = any (ids) returning t.run_id, t.kind)
+    select array_agg(taken.run_id) filter (where taken.kind = 'run') into of_runs from taken;
     delete from doorbell d where d.worker = me;
     return query
         select t.id, t.run_id, t.kind, t.name, t.attempt, t.position, t.doing, t.wakeups, t.seq,
@@ -598,9 +596,10 @@ begin
                extract(epoch from r.deadline_at - clock_timestamp())::float8,
                extract(epoch from clock_timestamp() - t.started_at)::float8, clock_timestamp(),
                coalesce(r.epoch, (t.args ->> 'epoch')::int), r.created_at, r.version, r.labels::text, r.input::text
-        from unnest(ids) i
-        join tasks t on t.id = i
-        left join runs r on r.id = t.run_id and t.kind = 'run';
+        from tasks t
+        left join runs r on r.id = any (of_runs) and r.id = t.run_id and t.kind = 'run'
+        where t.id = any (ids)
+        order by array_position(ids, t.id);
 end
 $$;
 
@@ -647,7 +646,7 @@ create function stepwell.flush_v1(me bigint, transitions json, records json, end
     set search_path = pg_catalog, stepwell, pg_temp
     set plan_cache_mode = force_generic_plan
     set enable_seqscan = off set enable_bitmapscan = off
-    set enable_hashjoin = off set enable_mergejoin = off set jit = off
+    set enable_nestloop = off set enable_mergejoin = off set jit = off
 as $$
 #variable_conflict use_column
 declare
@@ -655,18 +654,19 @@ declare
     locking  bigint[];
     verdicts int[];
     known    int;
-    ending   boolean;
+    closing  uuid[];
     waking   boolean;
     leaving  boolean;
 begin
-    select array_agg(x order by x.i), array_agg(x.task), bool_or(x.then = 'finish'), bool_or(x.then = 'wake'),
-           bool_or(x.then = 'release')
-    into items, locking, ending, waking, leaving
+    select array_agg(x order by x.i), array_agg(x.task), array_agg(x.run_id) filter (where x.then = 'finish'),
+           bool_or(x.then = 'wake'), bool_or(x.then = 'release')
+    into items, locking, closing, waking, leaving
     from json_populate_recordset(null::transition_v1, transitions) x;
     if waking then
         locking := locking || array(
-            select t.id from unnest(items) x join tasks t on t.run_id = x.run_id and t.path = '{}' and t.kind in ('run', 'step')
-            where x.then = 'wake');
+            select t.id from tasks t
+            where t.run_id = any (array(select x.run_id from unnest(items) x where x.then = 'wake'))
+              and t.path = '{}' and t.kind in ('run', 'step'));
     end if;
     perform 1 from tasks t where t.id = any (locking) order by t.id for update;
 
@@ -678,7 +678,7 @@ begin
         + case when t.cancelling then 4 else 0 end
         order by x.i)
     into verdicts
-    from unnest(items) x left join tasks t on t.id = x.task;
+    from unnest(items) x left join tasks t on t.id = any (locking) and t.id = x.task;
 
     -- A resend whose row went on or is gone: the history knows whether it was applied (I10).
     if 0 = any (verdicts) or 4 = any (verdicts) then
@@ -696,7 +696,7 @@ begin
         from json_to_recordset(records) as r (
                 i int, task bigint, run_id uuid, epoch int, k int, path int[], n int, kind text, name text,
                 fingerprint bigint, outcome text, value json, error json, at timestamptz)
-        join tasks t on t.id = r.task
+        join tasks t on t.id = any (locking) and t.id = r.task
         where verdicts[r.i] % 4 = 1
         returning kind, name, outcome)
     insert into counters as c (shard, kind, name, outcome, value)
@@ -728,24 +728,26 @@ begin
         due_at = case when x.then = 'release' then t.due_at
                       when x.then = 'park' then coalesce(x.until, clock_timestamp() + make_interval(secs => x.delay)) end
     from unnest(items) x
-    where t.id = x.task and verdicts[x.i] % 4 = 1 and x.then in ('move', 'park', 'release');
+    where t.id = any (locking) and t.id = x.task
+      and verdicts[x.i] % 4 = 1 and x.then in ('move', 'park', 'release');
 
-    if ending then
+    if closing is not null then
         update runs r
         set state = e.state, output = e.output, error = e.error, finished_at = clock_timestamp(),
             started_at = coalesce(r.started_at, t.started_at)
         from json_to_recordset(ends) as e (i int, task bigint, run_id uuid, state text, output json, error json)
-        join tasks t on t.id = e.task
-        where r.id = e.run_id and verdicts[e.i] % 4 = 1;
-        delete from tasks t using unnest(items) x
-        where t.id = x.task and verdicts[x.i] % 4 = 1 and x.then = 'finish';
+        join tasks t on t.id = any (locking) and t.id = e.task
+        where r.id = any (closing) and r.id = e.run_id and verdicts[e.i] % 4 = 1;
+        delete from tasks t
+        where t.id = any (array(select x.task from unnest(items) x where x.then = 'finish' and verdicts[x.i] % 4 = 1));
     end if;
     if waking then
         perform stepwell.wake_v1(me, items, verdicts);
     end if;
     if leaving then
-        perform ring(q.queue) from (select distinct t.queue from unnest(items) x join tasks t on t.id = x.task
-                                    where x.then = 'release') q;
+        perform ring(q.queue) from (
+            select distinct t.queue from tasks t
+            where t.id = any (array(select x.task from unnest(items) x where x.then = 'release'))) q;
     end if;
     return verdicts;
 end
@@ -756,11 +758,12 @@ $$;
 create function stepwell.recorded_v1(me bigint, records json) returns setof int
     language sql stable
     set search_path = pg_catalog, stepwell, pg_temp
+    set enable_seqscan = off set enable_bitmapscan = off set jit = off
 as $$
     select distinct r.i
     from json_to_recordset(records) as r (i int, run_id uuid, epoch int, path int[], n int)
-    join stepwell.outbox o on o.run_id = r.run_id and o.epoch = r.epoch and o.path = r.path and o.n = r.n
-    where o.worker = me
+    where me = (select o.worker from stepwell.outbox o
+                where o.run_id = r.run_id and o.epoch = r.epoch and o.path = r.path and o.n = r.n)
 $$;
 
 -- Part of flush_v1: apply cancellations and delete their wake tasks. The target rows are locked. A run that a
@@ -770,27 +773,30 @@ create function stepwell.wake_v1(me bigint, items stepwell.transition_v1[], verd
     set search_path = pg_catalog, stepwell, pg_temp
     set plan_cache_mode = force_generic_plan
     set enable_seqscan = off set enable_bitmapscan = off
-    set enable_hashjoin = off set enable_mergejoin = off set jit = off
+    set enable_nestloop = off set enable_mergejoin = off set jit = off
 as $$
 #variable_conflict use_column
 declare
-    idle bigint[];
+    meant uuid[];
+    idle  bigint[];
 begin
+    select array_agg(x.run_id) into meant
+    from unnest(items) x join runs r on r.id = x.run_id and r.epoch = x.epoch
+    where r.id = any (array(select w.run_id from unnest(items) w where w.then = 'wake'))
+      and x.then = 'wake' and verdicts[x.i] % 4 = 1;
+    -- claimed_by, not state: that has an index of its own, with all that is claimed in it.
     update tasks t set cancelling = true, wakeups = t.wakeups + 1
-    from (select distinct x.run_id from unnest(items) x join runs r on r.id = x.run_id and r.epoch = x.epoch
-          where x.then = 'wake' and verdicts[x.i] % 4 = 1) x
-    where t.run_id = x.run_id and t.path = '{}' and t.kind in ('run', 'step') and t.state = 'claimed';
+    where t.run_id = any (meant) and t.path = '{}' and t.kind in ('run', 'step') and t.claimed_by is not null;
 
-    select array_agg(distinct t.id) into idle
-    from unnest(items) x
-    join runs r on r.id = x.run_id and r.epoch = x.epoch
-    join tasks t on t.run_id = x.run_id and t.path = '{}' and t.kind in ('run', 'step')
-    where x.then = 'wake' and verdicts[x.i] % 4 = 1 and t.state <> 'claimed';
+    select array_agg(t.id) into idle
+    from tasks t
+    where t.run_id = any (meant) and t.path = '{}' and t.kind in ('run', 'step') and t.claimed_by is null;
     if idle is not null then
         perform stepwell.end_v1(me, idle, 'cancelled', null);
     end if;
 
-    delete from tasks t using unnest(items) x where t.id = x.task and verdicts[x.i] % 4 = 1 and x.then = 'wake';
+    delete from tasks t
+    where t.id = any (array(select x.task from unnest(items) x where x.then = 'wake' and verdicts[x.i] % 4 = 1));
 end
 $$;
 
@@ -801,14 +807,17 @@ create function stepwell.end_v1(me bigint, tasks_to_end bigint[], end_state text
     language plpgsql
     set search_path = pg_catalog, stepwell, pg_temp
     set plan_cache_mode = force_generic_plan
-    set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
+    set enable_seqscan = off set enable_bitmapscan = off
+    set enable_nestloop = off set enable_mergejoin = off set jit = off
 as $$
 #variable_conflict use_column
+declare
+    of_runs constant uuid[] := array(select t.run_id from tasks t where t.id = any (tasks_to_end));
 begin
     with written as (
         insert into outbox (run_id, epoch, path, n, seq, kind, name, outcome, error, worker)
         select r.id, r.epoch, '{}', 0, t.seq + 1, 'run', r.workflow, end_state, reason, me
-        from unnest(tasks_to_end) i join tasks t on t.id = i join runs r on r.id = t.run_id
+        from tasks t join runs r on r.id = t.run_id where t.id = any (tasks_to_end) and r.id = any (of_runs)
         returning kind, name, outcome)
     insert into counters as c (shard, kind, name, outcome, value)
     select 64 + pg_backend_pid() % 64, w.kind, w.name, w.outcome, count(*)
@@ -818,10 +827,10 @@ begin
     update runs r
     set state = end_state, error = reason, finished_at = clock_timestamp(),
         started_at = coalesce(r.started_at, t.started_at)
-    from unnest(tasks_to_end) i join tasks t on t.id = i
-    where r.id = t.run_id;
+    from tasks t
+    where t.id = any (tasks_to_end) and r.id = any (of_runs) and r.id = t.run_id;
 
-    delete from tasks t using unnest(tasks_to_end) i where t.id = i;
+    delete from tasks t where t.id = any (tasks_to_end);
 end
 $$;
 
@@ -860,18 +869,24 @@ as $$
 declare
     -- In a variable: compared to the volatile function itself, the index condition would be a filter over all who wait.
     moment constant timestamptz := clock_timestamp();
-    rung text[];
+    due   bigint[];
+    drawn bigint[];
+    rung  text[];
 begin
-    with due as materialized (
-        select t.id from tasks t
-        where t.state = 'waiting' and t.due_at is not null and t.due_at <= moment
-        order by t.due_at limit at_most for update skip locked),
-    turned as materialized (select due.id, nextval('stepwell.turns') as turn from due),
-    readied as (
-        update tasks t set state = case when t.interruptions >= 2 then 'suspect' else 'ready' end, turn = turned.turn
-        from turned where t.id = turned.id returning t.queue)
-    select count(*), array_agg(distinct readied.queue) into promoted, rung from readied;
-    perform ring(q) from unnest(rung) q;
+    select array_agg(d.id), array_agg(nextval('stepwell.turns')) into due, drawn
+    from (select t.id from tasks t
+          where t.state = 'waiting' and t.due_at is not null and t.due_at <= moment
+          order by t.due_at limit at_most for update skip locked) d;
+    promoted := coalesce(cardinality(due), 0);
+    if promoted > 0 then
+        with readied as (
+            update tasks t
+            set state = case when t.interruptions >= 2 then 'suspect' else 'ready' end,
+                turn = drawn[array_position(due, t.id)]
+            where t.id = any (due) returning t.queue)
+        select array_agg(distinct readied.queue) into rung from readied;
+        perform ring(q) from unnest(rung) q;
+    end if;
     select extract(epoch from t.due_at - clock_timestamp()) into next_in
     from tasks t where t.state = 'waiting' and t.due_at is not null order by t.due_at limit 1;
 end
@@ -930,7 +945,7 @@ begin
         set state = case when t.kind = 'run' and t.interruptions >= 1 then 'suspect' else 'ready' end,
             claimed_by = null, fresh = false, turn = nextval('stepwell.turns'), interrupted = true,
             interruptions = t.interruptions + 1, solo_deaths = t.solo_deaths + t.solo::int, solo = false
-        from unnest(ids) i where t.id = i
+        where t.id = any (ids)
         returning t.queue)
     select array_agg(distinct freed.queue) into rung from freed;
     perform ring(q) from unnest(rung) q;
