@@ -31,7 +31,7 @@ FENCED, APPLIED, ALREADY, CANCELLING = 0, 1, 2, 4
 NO_FLOORS = [0] * 20
 STATEMENT_SECONDS = 20
 """A statement that a test leaves waiting for a lock ends by itself."""
-TABLES = "runs, keys, tasks, outbox, workers, workflows, counters, doorbell"
+TABLES = ("runs", "keys", "tasks", "outbox", "workers", "workflows", "counters", "doorbell")
 
 _ids = itertools.count(2_000_001)
 
@@ -136,13 +136,14 @@ class Worker:
 
 
 class Lab:
-    """A database with the schema and nothing in it; closes what it opened."""
+    """A database with the schema and, unless told otherwise, nothing in it; closes what it opened."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, emptied: bool = True) -> None:
         self.url = url
         self._stack = ExitStack()
         self.db = self.connection()
-        self.db.execute(f"truncate {', '.join('stepwell.' + t for t in TABLES.split(', '))}".encode())
+        if emptied:
+            self.db.execute(f"truncate {', '.join('stepwell.' + table for table in TABLES)}".encode())
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,201 @@
+"""What a statement reads: with a backlog of 200,000 tasks and whatever the planner believes, a few rows per task.
+
+Not the plans are compared but what they do: the rows that each table and index gave away within the transaction.
+A sequential scan, a sort of the backlog, a join the wrong way round or a walk along an index for a filter all read
+thousands of rows where a hundred are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.postgres import Cluster
+from tests.protocol import ALREADY, APPLIED, FENCED, Lab, Worker
+from worker.queries import load
+
+BACKLOG = 200_000
+BATCH = 100
+PER_TASK = 20
+"""Rows read for each task of a batch, over all tables and indexes; an unlucky plan reads thousands."""
+
+FILL = f"""
+insert into stepwell.runs (id, workflow, input)
+select md5(i::text)::uuid, 'w', '{{}}' from generate_series(1, {BACKLOG + 58_010}) i;
+
+insert into stepwell.tasks (run_id, name, state, due_at, claimed_by, fresh, interruptions)
+select md5(i::text)::uuid,
+       case when state = 'shelved' then 'stranger' else 'w' end, state,
+       case when state = 'waiting' then clock_timestamp() + interval '1 day' end,
+       case when state = 'claimed' then 1 end, state = 'ready', case when state = 'suspect' then 2 else 0 end
+from (select i, case when i <= {BACKLOG} then 'ready' when i <= {BACKLOG + 50_000} then 'waiting'
+                     when i <= {BACKLOG + 54_000} then 'claimed' when i <= {BACKLOG + 58_000} then 'shelved'
+                     else 'suspect' end as state
+      from generate_series(1, {BACKLOG + 58_010}) i) s;
+
+insert into stepwell.outbox (run_id, epoch, path, n, seq, kind, name, outcome)
+select md5(i::text)::uuid, 0, '{{1}}', 0, 1, 'step', 'send', 'completed' from generate_series(1, 100000) i;
+"""
+
+GROWING = "array['stepwell.tasks', 'stepwell.runs', 'stepwell.outbox']::regclass[]"
+FORGET = f"set allow_system_table_mods = on; delete from pg_statistic where starelid = any ({GROWING})"
+
+
+def believe(tuples: int, pages: str, tables: str) -> str:
+    return f"""
+    set allow_system_table_mods = on;
+    update pg_class set reltuples = {tuples}, relpages = {pages}
+    where oid = any ({tables}) or oid in (select indexrelid from pg_index where indrelid = any ({tables}))
+    """
+
+
+ANALYZE = "analyze stepwell.tasks, stepwell.runs, stepwell.outbox"
+BELIEFS = {
+    "what the installation left": [believe(-1, "0", GROWING)],
+    "nothing": [FORGET, believe(-1, "0", GROWING)],
+    # A queue that was worked off, and was vacuumed then, before the next burst: its file still has its pages.
+    "that nothing is left": [believe(0, "pg_relation_size(oid) / 8192", GROWING)],
+    "that one is left": [ANALYZE, believe(1, "pg_relation_size(oid) / 8192", GROWING)],
+    "that a few are left": [ANALYZE, believe(5, "pg_relation_size(oid) / 8192", GROWING)],
+    "what is": [ANALYZE],
+}
+
+
+@pytest.fixture(scope="module")
+def backlog_url(cluster: Cluster) -> Iterator[str]:
+    """A database with a backlog that was never analysed; its tests roll back what they do."""
+    with cluster.database() as url:
+        with Lab(url) as lab:
+            for table in ("tasks", "runs", "outbox"):
+                lab.db.execute(f"alter table stepwell.{table} set (autovacuum_enabled = off)".encode())
+            lab.db.execute(FILL.encode())
+        yield url
+
+
+@pytest.fixture(params=BELIEFS)
+def reading(backlog_url: str, request: pytest.FixtureRequest) -> Iterator[Reading]:
+    lab = Lab(backlog_url, emptied=False)
+    with lab, lab.db.transaction(force_rollback=True):
+        for statement in BELIEFS[request.param]:
+            lab.db.execute(statement.encode())
+        yield Reading(lab)
+
+
+class Reading:
+    """Measures, within one transaction, what was read of the three tables that grow."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.worker: Worker = lab.worker()
+        self._before = self._read()
+
+    def within(self, rows: int, what: str) -> None:
+        """Fail unless at most so many rows were read since the last call, none of them by a sequential scan."""
+        after = self._read()
+        read = {name: after[name] - self._before[name] for name in after if after[name] != self._before[name]}
+        self._before = self._read()
+        assert not [name for name in read if name.startswith("sequential")], f"{what}: {read}"
+        assert sum(read.values()) <= rows, f"{what}: {read}"
+
+    def _read(self) -> dict[str, int]:
+        return dict(
+            self.lab.rows(
+                """
+                select 'index ' || s.indexrelname, pg_stat_get_xact_tuples_returned(s.indexrelid)
+                from pg_stat_user_indexes s where s.schemaname = 'stepwell' and s.relname in ('tasks', 'runs', 'outbox')
+                union all
+                select 'sequential ' || s.relname, pg_stat_get_xact_numscans(s.relid) from pg_stat_user_tables s
+                where s.schemaname = 'stepwell' and s.relname in ('tasks', 'runs', 'outbox')
+                """
+            )
+        )
+
+
+def test_a_statement_reads_what_it_needs(reading: Reading) -> None:
+    lab, worker = reading.lab, reading.worker
+
+    held = worker.claim(BATCH)
+    assert len(held) == BATCH
+    reading.within(PER_TASK * BATCH, "claim")
+
+    quarter = BATCH // 4
+    moved, parked, released, ended = (held[start : start + quarter] for start in range(0, BATCH, quarter))
+    writings = [each.move(each.record(2), doing=(3,)) for each in moved]
+    writings += [each.park(each.record(2), delay=0.0) for each in parked]
+    writings += [each.release() for each in released]
+    writings += [each.finish(each.record(2)) for each in ended]
+    assert worker.flush(*writings) == [APPLIED] * BATCH
+    reading.within(PER_TASK * BATCH, "flush")
+
+    assert worker.flush(*writings) == [ALREADY] * BATCH
+    reading.within(PER_TASK * BATCH, "a resent flush")
+
+    for each in released:
+        each.attempt += 1
+    stale = [each.finish(each.record(9)) for each in released]
+    assert worker.flush(*stale) == [FENCED] * quarter
+    reading.within(PER_TASK * quarter, "a stale flush")
+
+    assert lab.promote() == quarter
+    reading.within(PER_TASK * quarter, "promote")
+    assert lab.promote() == 0
+    reading.within(PER_TASK + BATCH, "promote with nothing due")
+
+    runs = [each.run for each in parked + released]
+    for run in runs:
+        assert lab.cancel(run)
+    assert worker.apply_wakes() == len(runs)
+    reading.within(4 * PER_TASK * len(runs), "cancel")
+
+    (suspect,) = worker.claim(alone=True)
+    worker.apply(suspect, suspect.finish(state="failed"))
+    assert lab.retry(suspect.run) == 1
+    reading.within(PER_TASK + BATCH, "a suspect, and retry")
+
+    assert lab.die(worker) == quarter
+    reading.within(PER_TASK * quarter, "reclaim")
+
+
+def test_what_is_done_beside_the_work_reads_what_it_needs(reading: Reading) -> None:
+    lab = reading.lab
+    assert lab.one("select stepwell.shelve_v1('default', %s)", BATCH) == 0
+    reading.within(PER_TASK * BATCH, "shelve that finds nothing")
+
+    assert lab.one("select stepwell.unshelve_v1(array['default'], array['stranger'], %s)", BATCH) == BATCH
+    reading.within(PER_TASK * BATCH, "unshelve")
+    assert lab.one("select stepwell.shelve_v1('default', %s)", BATCH) == BATCH
+    reading.within(PER_TASK * BATCH, "shelve")
+
+    lab.enqueue(BATCH)
+    lab.enqueue(BATCH, key="k")
+    reading.within(PER_TASK * BATCH, "enqueue")
+
+    (held,) = reading.worker.claim(1)
+    reading.within(PER_TASK + 2 * BATCH, "a claim of one")
+    for name, parameters in STATEMENTS.items():
+        lab.db.execute(load(name), [p(held.run, reading.worker.id) for p in parameters])
+        reading.within(PER_TASK, name)
+    assert lab.state(held.run) == "running"
+    reading.within(PER_TASK, "run_status")
+
+
+STATEMENTS: dict[str, tuple[Any, ...]] = {
+    "audit": (lambda run, worker: worker,),
+    "history": (lambda run, worker: [run],),
+    "suspects": (lambda run, worker: ["default"], lambda run, worker: ["w"]),
+}
+
+
+def test_a_measurement_sees_a_bad_plan(reading: Reading) -> None:
+    lab = reading.lab
+    lab.one("select count(*) from stepwell.tasks where name = 'nobody'")
+    with pytest.raises(AssertionError, match="sequential"):
+        reading.within(BACKLOG, "a scan")
+    lab.db.execute("set enable_seqscan = off; set enable_bitmapscan = off")
+    lab.one(
+        "select count(*) from stepwell.tasks where queue = 'default' and state = 'ready' and name = 'nobody'"
+    )
+    with pytest.raises(AssertionError, match="index"):
+        reading.within(PER_TASK * BATCH, "a walk along the index")
