@@ -102,6 +102,9 @@ class Advance:
             turn: Turn | None = self._opening()
             while turn is not None:
                 turn = await self._take(turn)
+        except Exception as error:
+            logger.exception("an advance failed", extra={"run_id": str(self.claim.run_id)})
+            await self._give_up(error)
         finally:
             self._close_replay()
 
@@ -109,6 +112,12 @@ class Advance:
         """End the execution or wait that is under way; it is recorded as interrupted, and the run released."""
         if self._interruptible and self._task is not None:
             self._task.cancel()
+
+    async def _give_up(self, error: Exception) -> None:
+        """Block the run after a bug of ours: given back, it would meet it again, and execute its step each time."""
+        writing = self._standing.writing(Turn(Block("Stepwell failed", encode_fault(error))))
+        if writing is not None:
+            await self._means.committer.commit(writing)
 
     # -- the loop
 

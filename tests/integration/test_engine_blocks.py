@@ -13,9 +13,13 @@ import pytest
 import pytest_asyncio
 
 from tests.effects import Gate
-from tests.engines import Lab, Run, counted
+from tests.engines import Lab, Run, counted, keep_house_often
 from worker import sleep, step, workflow
+from worker.advance import Advance
+from worker.decisions import DoStep
 from worker.definitions import Registry, Workflow, collecting
+from worker.execution import Outcome
+from worker.turns import Turn
 
 
 @pytest_asyncio.fixture
@@ -408,3 +412,42 @@ async def test_a_retry_keeps_what_completed_and_tries_what_failed(lab: Lab) -> N
         assert await lab.retry(run) is None
     assert executed == ["good", "bad", "bad", "bad", "bad"]
     assert await lab.totals("run") == {"failed": 3, "succeeded": 1}
+
+
+async def test_a_bug_of_ours_blocks_the_run_that_met_it_instead_of_executing_its_step_for_ever(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_house_often(monkeypatch)
+    executed: list[str] = []
+    after = Advance._after
+
+    def cursed(self: Advance, step: DoStep, outcome: Outcome) -> Turn:
+        if self.claim.name == "unlucky":
+            raise RuntimeError("a bug")
+        return after(self, step, outcome)
+
+    with collecting() as registry:
+
+        @step
+        async def work(name: str) -> str:
+            executed.append(name)
+            return name
+
+        @workflow
+        async def unlucky() -> str:
+            return await work("unlucky")
+
+        @workflow
+        async def lucky() -> str:
+            return await work("lucky")
+
+    async with lab.engine(registry):
+        monkeypatch.setattr(Advance, "_after", cursed)
+        run = await lab.enqueue(unlucky)
+        reason = (await blocked(lab, run)).error
+        assert (reason["reason"], reason["message"]) == ("Stepwell failed", "a bug")
+        assert await lab.succeeded(await lab.enqueue(lucky)) == "lucky"
+        assert executed == ["unlucky", "lucky"]
+        monkeypatch.setattr(Advance, "_after", after)
+        await lab.retry(run)
+        assert await lab.succeeded(run) == "unlucky"
