@@ -205,7 +205,7 @@ class Lab:
         """Run an engine that claims; drain it at the end, unless it has ended."""
         running = self.start(registry, queues=queues, **settings)
         try:
-            await wait_until_async(lambda: running.task.done() or running.engine.vitals().claiming)
+            await running.claiming()
             yield running
             await running.drain()
         finally:
@@ -274,6 +274,10 @@ class Running:
         self.task = asyncio.create_task(self.engine.run())
         self._lab = lab
         self._commit = self.engine._committer.commit
+
+    async def claiming(self) -> None:
+        """Wait until the engine is registered and claims, or has ended."""
+        await wait_until_async(lambda: self.task.done() or self.engine.vitals().claiming)
 
     async def drain(self, timeout: float = END_SECONDS) -> None:
         """Drain, and see that the engine leaves in order. Nothing happens if it has ended."""

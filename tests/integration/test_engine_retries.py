@@ -427,3 +427,33 @@ async def test_retries_without_end_do_not_grow_the_wait_of_others(lab: Lab) -> N
         assert await lab.succeeded(await lab.enqueue(working), 5) == "fine"
         stop.set()
         await lab.all_succeeded(11)
+
+
+async def test_a_cancellation_that_nobody_asked_for_is_a_failure(lab: Lab) -> None:
+    with collecting() as registry:
+
+        @step(timeout=30)
+        async def confused() -> None:
+            other = asyncio.get_running_loop().create_future()
+            other.cancel()
+            await other
+
+        @step(timeout=30)
+        async def impatient() -> None:
+            async with asyncio.timeout(0.01):
+                await asyncio.sleep(60)
+
+        @workflow
+        async def failing() -> list[str]:
+            said = []
+            for call in (confused(), impatient()):
+                try:
+                    await call
+                except StepFailed as error:
+                    said.append(error.type)
+            return said
+
+    async with lab.engine(registry):
+        run = await lab.enqueue(failing)
+        assert await lab.succeeded(run) == ["asyncio.exceptions.CancelledError", "TimeoutError"]
+    assert await lab.history(run) == [("1", 0, "failed"), ("2", 0, "failed")]
