@@ -9,7 +9,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup demo test crash bench lint types layers format
+.PHONY: help setup demo test slow crash bench lint types layers format
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ demo: setup ## Welcome a thousand leads while workers are killed
 
 test: setup ## Run all tests but the slow ones
 	$(BIN)/pytest -m 'not slow' $(ARGS)
+
+slow: setup ## Run the slow tests: the demo in every way it can go
+	$(BIN)/pytest -m slow $(ARGS)
 
 crash: setup ## Run the crash tests, slow ones too; REPEAT=10 runs them ten times in a row
 	for round in $$(seq $(REPEAT)); do \
