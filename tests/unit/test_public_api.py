@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import typing
 
 import outbox
+import worker
 from outbox import AsyncClient, AsyncRun, Client, Run
 
 OUTBOX = {
@@ -13,6 +15,14 @@ OUTBOX = {
     "RunBlocked", "RunCancelled", "RunConflict", "RunFailed", "RunInfo", "RunNotFound", "SchemaError", "Settings",
     "StepFailed", "StepwellError", "Suspended", "TaskInfo", "UnknownWorkflow",
 }  # fmt: skip
+
+WORKER = {
+    "Cancelled", "NOT_DONE", "Permanent", "RetryAfter", "RetryPolicy", "RunFacts", "Step", "StepFailed", "StepInfo",
+    "Workflow", "current_run", "current_step", "now", "random", "retrying", "sleep", "sleep_until", "step",
+    "transaction", "uuid", "wait", "workflow",
+}  # fmt: skip
+
+STEP_OPTIONS = "name, retry, timeout, on_crash, verify, raises"
 
 OPTIONS = "queue, priority, delay, at, labels, deadline, lane, tenant, tx"
 
@@ -47,6 +57,24 @@ def test_outbox_exports_these_names() -> None:
     assert set(outbox.__all__) == OUTBOX
     assert sorted(outbox.__all__) == outbox.__all__
     assert all(hasattr(outbox, name) for name in OUTBOX)
+
+
+def test_worker_exports_these_names() -> None:
+    assert set(worker.__all__) == WORKER
+    assert all(hasattr(worker, name) for name in WORKER)
+
+
+def test_definitions_take_these_options() -> None:
+    parameters = {name: set() for name in ("step", "transaction", "workflow")}
+    for name, found in parameters.items():
+        for overload in typing.get_overloads(getattr(worker, name)):
+            found |= set(inspect.signature(overload).parameters) - {"function"}
+    assert parameters == {
+        "step": set(STEP_OPTIONS.split(", ")),
+        "transaction": set(STEP_OPTIONS.split(", ")) - {"verify"},
+        "workflow": {"name", "queue", "strict"},
+    }
+    assert list(inspect.signature(worker.retrying).parameters) == ["stop", "wait", "on"]
 
 
 def test_every_error_that_users_meet_is_exported() -> None:
