@@ -68,7 +68,7 @@ def test_definitions_take_these_options() -> None:
     parameters = {name: set() for name in ("step", "transaction", "workflow")}
     for name, found in parameters.items():
         for overload in typing.get_overloads(getattr(worker, name)):
-            found |= set(inspect.signature(overload).parameters) - {"function"}
+            found.update(set(inspect.signature(overload).parameters) - {"function"})
     assert parameters == {
         "step": set(STEP_OPTIONS.split(", ")),
         "transaction": set(STEP_OPTIONS.split(", ")) - {"verify"},
