@@ -139,7 +139,8 @@ def test_two_that_reclaim_at_once_share_the_work_and_lose_nothing(lab: Lab) -> N
     assert first.execute(RECLAIM, [worker.id, 4]).fetchone() == (4, True)
     assert second.execute(RECLAIM, [worker.id, 100]).fetchone() == (2, True)
     assert first.execute(RECLAIM, [worker.id, 4]).fetchone() == (0, False)
-    assert second.execute(RECLAIM, [worker.id, 100]).fetchone() == (0, True)  # what is not committed is not done
+    # What is not committed is not done.
+    assert second.execute(RECLAIM, [worker.id, 100]).fetchone() == (0, True)
     first.commit()
     assert not known(lab, worker)
     assert second.execute(RECLAIM, [worker.id, 100]).fetchone() == (0, False)
