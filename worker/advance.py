@@ -16,7 +16,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, assert_never
 
@@ -30,10 +31,11 @@ from worker.claims import Claim
 from worker.committer import Committer, Receipt
 from worker.context import StepInfo
 from worker.decisions import Block, Decision, DoStep, Sleep
-from worker.definitions import Workflow
+from worker.definitions import Step, Workflow
 from worker.execution import Answered, Call, CutShort, Executor, NotDone, Outcome, Raised, TimedOut, uncancel
-from worker.records import Record, dotted, visible
+from worker.records import Record, visible
 from worker.replay import Guard, Replay
+from worker.reports import bug, ended_transaction, held, refused
 from worker.retries import Retry, failures_of
 from worker.transactions import (
     Committed,
@@ -71,6 +73,11 @@ class Means:
     guard: Guard
     leaving: Callable[[], bool]
 
+    def slots(self, step: Step[..., Any]) -> tuple[asyncio.Semaphore, ...]:
+        """Return what an execution of the step needs beside its run's own slot: a connection, a thread."""
+        connection = () if step.transaction is None else (self.transactions.connections,)
+        return connection if step.is_async else (*connection, self.executor.threads)
+
 
 class Advance:
     """One claim of one run. `history` is the run's whole recorded history; `parked` tells how it came out."""
@@ -101,7 +108,7 @@ class Advance:
         try:
             turn: Turn | None = self._opening()
             while turn is not None:
-                turn = await self._take(turn)
+                turn = await self._carry_out(turn)
         except Exception as error:
             logger.exception("an advance failed", extra={"run_id": str(self.claim.run_id)})
             await self._give_up(error)
@@ -115,7 +122,7 @@ class Advance:
 
     async def _give_up(self, error: Exception) -> None:
         """Block the run after a bug of ours: given back, it would meet it again, and execute its step each time."""
-        writing = self._standing.writing(Turn(Block("Stepwell failed", encode_fault(error))))
+        writing = self._standing.writing(Turn(bug(error)))
         if writing is not None:
             await self._means.committer.commit(writing)
 
@@ -139,7 +146,7 @@ class Advance:
         )
         return self._replay.start()
 
-    async def _take(self, turn: Turn) -> Turn | None:
+    async def _carry_out(self, turn: Turn) -> Turn | None:
         """Write what the turn needs to be durable, then act on it; None when this claim is over."""
         if not turn.written:
             turn = self._prepared(turn)
@@ -161,7 +168,7 @@ class Advance:
     def _judged(self, receipt: Receipt, turn: Turn, writing: Writing) -> Turn | None:
         """Return the same turn when it was applied and can be acted upon, else what to do instead."""
         if receipt.refused is not None:
-            return Turn(_refused(receipt.refused))
+            return Turn(refused(receipt.refused))
         if receipt.verdict is Verdict.FENCED:
             self._lost()
             return None
@@ -197,7 +204,7 @@ class Advance:
             step = _with_earlier(step, recorded.record)
         executions = standing.executions(step)
         if executions and executions[-1].outcome == "interrupted" and step.step.on_crash == "hold":
-            return Turn(_held(step), records)
+            return Turn(held(step), records)
         due_in = standing.due_in(step.path)
         if due_in is not None and due_in > 0 and not records:
             return Turn(Park(step.path, standing.cut_by_deadline(due_in)))
@@ -231,22 +238,37 @@ class Advance:
         try:
             if wait_seconds:
                 await asyncio.sleep(wait_seconds)
-            instead = self._instead_of(step)
-            if instead is not None:
-                return instead
-            started = time.monotonic()
-            try:
-                if step.step.transaction is not None:
-                    return await self._execute_transaction(step)
-                return self._after(step, await self._outcome(step))
-            finally:
-                metrics.step_seconds(step.step.name).observe(time.monotonic() - started)
+            slots = self._means.slots(step.step)
+            if not slots:
+                return await self._execute_now(step)
+            async with AsyncExitStack() as taken:
+                await self._take(slots, taken)
+                return await self._execute_now(step)
         except asyncio.CancelledError:
             if not uncancel():
                 raise
             return Turn(Release())  # it waited for its turn: nothing had started
         finally:
             self._interruptible = False
+
+    async def _take(self, slots: Sequence[asyncio.Semaphore], taken: AsyncExitStack) -> None:
+        """Wait for the slots that a step needs, but not beyond the deadline, which is found to have passed then."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._standing.remaining()):
+                for slot in slots:
+                    await taken.enter_async_context(slot)
+
+    async def _execute_now(self, step: DoStep) -> Turn | None:
+        instead = self._instead_of(step)
+        if instead is not None:
+            return instead
+        started = time.monotonic()
+        try:
+            if step.step.transaction is not None:
+                return await self._execute_transaction(step)
+            return self._after(step, await self._outcome(step))
+        finally:
+            metrics.step_seconds(step.step.name).observe(time.monotonic() - started)
 
     def _instead_of(self, step: DoStep) -> Turn | None:
         """Return what has to be done instead of executing a step now."""
@@ -303,7 +325,7 @@ class Advance:
         if passed is not None:
             return Turn(passed, (self._standing.record_interruption(step),))
         if step.step.on_crash == "hold":
-            return Turn(_held(step), (self._standing.record_interruption(step),))
+            return Turn(held(step), (self._standing.record_interruption(step),))
         return self._failed(
             step, TimeoutError(f"no answer within {step.step.timeout or 0:g} s"), interrupted=True
         )
@@ -370,13 +392,9 @@ class Advance:
                 self._lost()
                 return None
             case EndedByStep():
-                return Turn(
-                    _blocked(
-                        "the step ended its transaction", "TransactionEnded", _ENDED.format(step.step.name)
-                    )
-                )
+                return Turn(ended_transaction(step))
             case Refused(message):
-                return Turn(_refused(message))
+                return Turn(refused(message))
             case _:
                 assert_never(outcome)
 
@@ -421,12 +439,6 @@ class Advance:
             self._replay = None
 
 
-_ENDED = (
-    "step {} ended the transaction that it was given (a COMMIT or ROLLBACK of its own), so its writes could not be "
-    "bound to its completion; look at what it wrote, remove the statement, then retry the run"
-)
-
-
 def _is_careful(step: DoStep) -> bool:
     """Tell whether it matters that the step had started."""
     return step.step.verify is not None or step.step.on_crash == "hold"
@@ -434,20 +446,3 @@ def _is_careful(step: DoStep) -> bool:
 
 def _with_earlier(step: DoStep, record: Record) -> DoStep:
     return msgspec.structs.replace(step, earlier=(*step.earlier, record))
-
-
-def _held(step: DoStep) -> Block:
-    return _blocked(
-        "held after an interruption",
-        "Held",
-        f"step {step.step.name} at {dotted(step.path)} was interrupted and may have taken effect; "
-        "find out, then retry the run to execute it again",
-    )
-
-
-def _refused(message: str) -> Block:
-    return _blocked("the database refuses the data", "DataRefused", message)
-
-
-def _blocked(reason: str, type_: str, message: str) -> Block:
-    return Block(reason, {"type": type_, "message": message})

@@ -14,6 +14,7 @@ import contextvars
 import inspect
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
@@ -87,7 +88,8 @@ class Executor:
 
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads + SPARE_THREADS, thread_name_prefix="stepwell-step")
-        self._free = asyncio.Semaphore(threads)
+        self.threads = asyncio.Semaphore(threads)
+        """A slot for each def step that executes; the caller takes one before it executes such a step."""
         self._abandoned: set[tuple[UUID, Path]] = set()
 
     def close(self) -> None:
@@ -107,7 +109,9 @@ class Executor:
         """Ask the step's `verify` whether an earlier execution took effect, and with which result."""
         function = call.step.verify
         assert function is not None
-        answer = await self._answer(call, function, inspect.iscoroutinefunction(function), timeout)
+        is_async = inspect.iscoroutinefunction(function)
+        async with nullcontext() if is_async or not call.step.is_async else self.threads:
+            answer = await self._answer(call, function, is_async, timeout)
         if not isinstance(answer, Returned):
             return answer
         return NotDone() if answer.value is NOT_DONE else _encoded(call, answer.value)
@@ -120,25 +124,24 @@ class Executor:
         Once `committing` answers true, the time-out and a cut no longer count: the outcome is on its way to the
         database and only the database can tell it.
         """
-        async with self._free:
-            context = contextvars.copy_context()
-            future = asyncio.get_running_loop().run_in_executor(
-                self._pool, lambda: context.run(_caught, call, function)
-            )
-            ending: TimedOut | CutShort = TimedOut()
-            try:
-                await asyncio.wait({future}, timeout=timeout)
-            except asyncio.CancelledError:
-                uncancel()
-                ending = CutShort()
-            if not future.done() and committing():
-                await uninterrupted(_settled(future))
-            if future.done():
-                return future.result()
-            key = (call.info.run_id, call.info.path)
-            self._abandoned.add(key)
-            future.add_done_callback(lambda _: self._abandoned.discard(key))
-            return ending
+        context = contextvars.copy_context()
+        future = asyncio.get_running_loop().run_in_executor(
+            self._pool, lambda: context.run(_caught, call, function)
+        )
+        ending: TimedOut | CutShort = TimedOut()
+        try:
+            await asyncio.wait({future}, timeout=timeout)
+        except asyncio.CancelledError:
+            uncancel()
+            ending = CutShort()
+        if not future.done() and committing():
+            await uninterrupted(_settled(future))
+        if future.done():
+            return future.result()
+        key = (call.info.run_id, call.info.path)
+        self._abandoned.add(key)
+        future.add_done_callback(lambda _: self._abandoned.discard(key))
+        return ending
 
     async def _answer(
         self, call: Call, function: Callable[..., Any], is_async: bool, timeout: float | None

@@ -84,19 +84,19 @@ class Transactions:
     def __init__(self, url: str, worker_id: int, limit: int, executor: Executor) -> None:
         self._worker_id = worker_id
         self._executor = executor
-        self._free = asyncio.Semaphore(limit)
+        self.connections = asyncio.Semaphore(limit)
+        """A slot for each transactional step that executes; the caller takes one before it executes such a step."""
         self._sources = Sources(url, f"stepwell {worker_id}", limit)
 
     async def execute(self, call: Call, timeout: float | None, conclude: Conclude) -> TransactionOutcome:
         """Execute a transactional step, and commit it with what `conclude` makes of its value."""
         kind = call.step.transaction
         assert kind is not None
-        async with self._free:
-            attempt = _Attempt(call, self._worker_id, conclude)
-            if kind.is_async:
-                answer = await self._in_loop(kind, attempt, timeout)
-            else:
-                answer = await self._in_thread(kind, attempt, timeout)
+        attempt = _Attempt(call, self._worker_id, conclude)
+        if kind.is_async:
+            answer = await self._in_loop(kind, attempt, timeout)
+        else:
+            answer = await self._in_thread(kind, attempt, timeout)
         if attempt.ended:
             return EndedByStep()
         return attempt.outcome(answer.error) if isinstance(answer, Raised) else answer

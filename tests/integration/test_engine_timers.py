@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from psycopg import AsyncConnection
 from tenacity import stop_after_attempt, wait_fixed
 
 from tests.effects import Gate
 from tests.engines import Lab, until
 from tests.waiting import wait_until_async
-from worker import now, retrying, sleep, sleep_until, step, wait, workflow
+from worker import now, retrying, sleep, sleep_until, step, transaction, wait, workflow
 from worker.definitions import Registry, Workflow, collecting
 
 
@@ -225,6 +226,41 @@ async def test_a_deadline_that_passes_before_the_first_claim_executes_nothing(la
         await failed_by_deadline(lab, run, 10)
         await failed_by_deadline(lab, delayed, 10)
     assert executed == []
+
+
+@pytest.mark.parametrize("kind", ["thread", "connection"])
+async def test_a_deadline_that_passes_while_a_step_waits_for_its_turn_executes_nothing(
+    lab: Lab, kind: str
+) -> None:
+    gate, executed = Gate(), list[str]()
+    with collecting() as registry:
+
+        @step
+        def in_thread(name: str) -> None:
+            executed.append(name)
+            gate.passed_in_thread()
+
+        @transaction
+        async def on_connection(connection: AsyncConnection[Any], name: str) -> None:
+            executed.append(name)
+            await gate.passed()
+
+        @workflow
+        async def busy(name: str) -> None:
+            if kind == "thread":
+                in_thread(name)
+            else:
+                await on_connection(name)
+
+    async with lab.engine(registry, threads=1, connections=1):
+        first = await lab.enqueue(busy, {"name": "first"})
+        await gate.reached()
+        late = await lab.enqueue(busy, {"name": "late"}, deadline=timedelta(seconds=0.3))
+        await failed_by_deadline(lab, late, 2)
+        gate.open()
+        await lab.succeeded(first)
+    assert executed == ["first"]
+    assert await lab.history(late) == []
 
 
 async def test_a_deadline_that_is_kept_changes_nothing(lab: Lab) -> None:

@@ -1,0 +1,41 @@
+"""What a person is told of a run that an execution has blocked."""
+
+from __future__ import annotations
+
+from outbox.codec import encode_fault
+from worker.decisions import Block, DoStep
+from worker.records import dotted
+
+
+def held(step: DoStep) -> Block:
+    """Report an interrupted step with ``on_crash="hold"``."""
+    return _blocked(
+        "held after an interruption",
+        "Held",
+        f"step {step.step.name} at {dotted(step.path)} was interrupted and may have taken effect; "
+        "find out, then retry the run to execute it again",
+    )
+
+
+def ended_transaction(step: DoStep) -> Block:
+    """Report a transactional step that has ended its transaction itself."""
+    return _blocked(
+        "the step ended its transaction",
+        "TransactionEnded",
+        f"step {step.step.name} ended the transaction that it was given (a COMMIT or ROLLBACK of its own), so its "
+        "writes could not be bound to its completion; look at what it wrote, remove the statement, then retry the run",
+    )
+
+
+def refused(message: str) -> Block:
+    """Report data that the database refuses to record."""
+    return _blocked("the database refuses the data", "DataRefused", message)
+
+
+def bug(error: Exception) -> Block:
+    """Report a failure of Stepwell itself."""
+    return Block("Stepwell failed", encode_fault(error))
+
+
+def _blocked(reason: str, type_: str, message: str) -> Block:
+    return Block(reason, {"type": type_, "message": message})
