@@ -347,7 +347,7 @@ class Engine:
         return time.monotonic() - self._suspected_at >= self._patience_seconds
 
     async def _quarantine(self) -> None:
-        """Give everything back, take one suspect, and do nothing else until it is done.
+        """Give everything back, take suspects, one after the other, and do nothing else beside each.
 
         If it kills this process, nothing else was in flight: what dies alone often enough is the poison, and its
         neighbours never are.
@@ -360,17 +360,24 @@ class Engine:
                 self._patience_seconds = min(2 * self._patience_seconds, LONGEST_PATIENCE_SECONDS)
                 return
             self._patience_seconds = PATIENCE_SECONDS
+            deadline = time.monotonic() + QUARANTINE_SECONDS
             for queue in self._queues:
-                claims = await self._claimant.claim(queue, self._names, 0, alone=True)
-                self._alone = False
-                await self._start(claims)
-                while self._flying and not self._draining:
-                    self._changed.clear()
-                    await self._start(await self._claimant.claim(queue, self._names, 0))  # cancellations
-                    await self._wait(CANCEL_SECONDS)
-                self._alone = True
+                while await self._run_suspect(queue) and time.monotonic() < deadline:
+                    pass  # the hands are free already
         finally:
             self._alone = False
+
+    async def _run_suspect(self, queue: str) -> bool:
+        """Take one suspect and wait until it is done; tell whether there was one."""
+        claims = await self._claimant.claim(queue, self._names, 0, alone=True)
+        self._alone = False
+        await self._start(claims)
+        while self._flying and not self._draining:
+            self._changed.clear()
+            await self._start(await self._claimant.claim(queue, self._names, 0))  # cancellations
+            await self._wait(CANCEL_SECONDS)
+        self._alone = True
+        return not self._draining and any(claim.kind == "run" for claim in claims)
 
     async def _emptied(self, deadline: float) -> bool:
         """Wait until nothing is in flight; tell whether that was before `deadline` (monotonic)."""

@@ -13,7 +13,6 @@ import pytest_asyncio
 from outbox.settings import Settings
 from tests.effects import Gate, two_steps
 from tests.engines import Lab, keep_house_often, until
-from tests.waiting import wait_until_async
 from worker import step, workflow
 from worker.definitions import Registry, Workflow, collecting
 from worker.engine import Engine
@@ -183,6 +182,21 @@ async def test_a_task_that_two_workers_died_of_is_run_alone(
     )
 
 
+async def test_many_suspects_are_taken_one_after_the_other_without_a_pause(lab: Lab) -> None:
+    gate, executed = Gate(), list[tuple[str, int]]()
+    registry, working = poisonous(gate, executed)
+    await lab.enqueue_many(working, [{"name": str(n)} for n in range(20)])
+    for death in (1, 2):
+        async with lab.engine(registry) as engine:
+            await gate.reached(20 * death)
+            await engine.crash()
+    executed.clear()
+    gate.open()
+    async with lab.engine(registry):  # keeps house as seldom as always
+        await lab.all_succeeded(20, 10)
+    assert [beside for _, beside in executed] == [1] * 20
+
+
 async def test_waiting_for_a_suspect_does_not_spin(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     keep_house_often(monkeypatch)
     gate, executed = Gate(), list[tuple[str, int]]()
@@ -249,36 +263,42 @@ async def test_what_kills_its_worker_alone_is_blocked_and_its_neighbours_are_not
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep_house_often(monkeypatch)
-    gate, executed = Gate(), list[tuple[str, int]]()
-    registry, working = poisonous(gate, executed)
-    poison = await lab.enqueue(working, {"name": "poison"}, priority=0)
-    neighbour = await lab.enqueue(working, {"name": "neighbour"})
-    for _ in range(2):
+    forever, once = Gate(), Gate()
+    with collecting() as registry:
+
+        @step
+        async def kill() -> None:
+            await forever.passed()
+
+        @step
+        async def live() -> str:
+            await once.passed()
+            return "alive"
+
+        @workflow
+        async def poison() -> None:
+            await kill()
+
+        @workflow
+        async def neighbour() -> str:
+            return await live()
+
+    poisonous_run, innocent = await lab.enqueue(poison), await lab.enqueue(neighbour)
+    for death in (1, 2):  # together: nobody knows whose fault it was
         async with lab.engine(registry) as engine:
-            await wait_until_async(lambda: len(executed) == 2)
+            await forever.reached(death)
+            await once.reached(death)
             await engine.crash(poison_after=2)
-            executed.clear()
-    # Alone, twice, with the poison; the neighbour is a suspect as well but is never executed beside it.
-    deaths = 0
-    gate_of_neighbour_open = False
-    while deaths < 2:
+    once.open()
+    for death in (3, 4):  # alone
+        assert (await lab.run(poisonous_run)).state == "open"
         async with lab.engine(registry) as engine:
-            await wait_until_async(lambda: len(executed) == 1)
-            if executed[0][0] == "neighbour":
-                gate.open()
-                gate_of_neighbour_open = True
-                await lab.succeeded(neighbour)
-                executed.clear()
-                gate.__init__()  # type: ignore[misc]
-                await wait_until_async(lambda: len(executed) == 1)
-            assert executed == [("poison", 1)]
+            await forever.reached(death)
             await engine.crash(poison_after=2)
-            executed.clear()
-            deaths += 1
-    blocked = await lab.run(poison)
+    blocked = await lab.run(poisonous_run)
     assert blocked.state == "blocked"
     assert blocked.error["type"] == "PoisonStep"
-    if not gate_of_neighbour_open:
-        gate.open()
-        async with lab.engine(registry):
-            await lab.succeeded(neighbour)
+    async with lab.engine(registry):
+        assert await lab.succeeded(innocent) == "alive"
+    assert once.entered == 3
+    forever.open()
