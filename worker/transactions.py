@@ -188,9 +188,10 @@ class _Attempt:
         """Judge what was raised, by the step, by the database, or on the way."""
         original: Any = getattr(error, "orig", None) or error
         state = getattr(original, "sqlstate", None) or ""
-        if not self.transaction and (database.is_disconnect(error) or _is_none_free(error)):
+        disconnected = database.is_disconnect(error)
+        if not self.transaction and (disconnected or _is_none_free(error) or is_transient(original)):
             return Repeat(error, begun=False)
-        if database.is_disconnect(error):
+        if disconnected:
             return Uncertain() if self.concluding else Repeat(error)
         if is_conflict(original) or (self.concluding and is_transient(original)):
             return Repeat(error)

@@ -17,7 +17,7 @@ from tests.engines import Lab, counted, keep_house_often
 from tests.postgres import Cluster
 from tests.transactional import KINDS, SYNC_AND_ASYNC, Business, notes
 from tests.waiting import wait_until_async
-from worker import retrying, step, workflow
+from worker import retrying, step, transactions, workflow
 from worker.definitions import collecting
 
 
@@ -134,6 +134,24 @@ async def test_a_server_that_cannot_write_just_now_repeats_the_execution(lab: La
         assert await lab.succeeded(await lab.enqueue(business.flow)) == "saved x and went on"
     assert business.executions == 3
     assert await notes(lab) == ["x"]
+
+
+@pytest.mark.parametrize("kind", SYNC_AND_ASYNC)
+async def test_a_transaction_that_could_not_be_opened_just_now_is_no_failure_of_the_step(
+    lab: Lab, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.advance.MAX_REPEATS", 1)
+    monkeypatch.setattr("worker.transactions._OPENING", f"{transactions._OPENING}, public.flaky()")
+    await lab.execute("create sequence attempts")
+    await lab.execute(
+        "create function flaky() returns int language plpgsql as $$ begin"
+        " if nextval('public.attempts') <= 3 then raise exception 'out of memory' using errcode = '53200'; end if;"
+        " return 1; end $$"
+    )
+    business = Business(kind)
+    async with lab.engine(business.registry):
+        assert await lab.succeeded(await lab.enqueue(business.flow)) == "saved x and went on"
+    assert business.executions == 1
 
 
 async def refuse_records(lab: Lab, name: str) -> None:
