@@ -39,11 +39,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 from outbox.errors import ConfigError
+from outbox.service_account import first_closed, require_reach, service_account
 
 logger = logging.getLogger(__name__)
 
 INSTALL_HINT = 'install it with: pip install "stepwell[embedded]"'
-SERVICE_ACCOUNT = "pgserver"  # the name that the wheel's own code uses, so a machine has one such account
 SUPERUSER = "postgres"
 PORT = 5432  # names the socket file only: nothing listens on the network
 SOCKET_PATH_MAX_BYTES = 100  # sun_path holds 104 bytes on macOS and 108 on Linux
@@ -357,7 +357,7 @@ class Server:
     def _run(self, program: str, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
         account = self._account()
         if account:
-            _require_reach(self.home, account)
+            require_reach(self.home, account)
         command = [str(self._programs(account) / program), *arguments]
         # PGPORT, PGDATA, PGOPTIONS and the like would change the server behind our back.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
@@ -390,7 +390,7 @@ class Server:
 
     def _programs(self, account: pwd.struct_passwd | None) -> Path:
         """Return programs that the account can execute: the installed ones, or else a copy in the home."""
-        if account is None or _first_closed(self._installed, account) is None:
+        if account is None or first_closed(self._installed, account) is None:
             return self._installed
         installation = (
             self._installed.parent
@@ -404,47 +404,6 @@ class Server:
                 shutil.copytree(libraries, partial / libraries.name)
             partial.rename(copy)
         return copy / package.name / installation.name / self._installed.name
-
-
-def service_account() -> pwd.struct_passwd:
-    """Return the account that runs Postgres for root, creating it when the machine has none."""
-    try:
-        return pwd.getpwnam(SERVICE_ACCOUNT)
-    except KeyError:
-        pass
-    options = ["--system", "--no-create-home", "--user-group", "--shell", "/bin/sh"]
-    try:
-        subprocess.run(["useradd", *options, SERVICE_ACCOUNT], check=True, capture_output=True)
-        return pwd.getpwnam(SERVICE_ACCOUNT)
-    except (OSError, subprocess.CalledProcessError, KeyError):
-        raise ConfigError(
-            f"Postgres does not run as root, and the account {SERVICE_ACCOUNT!r} for it cannot be created: "
-            "run Stepwell as an ordinary user, or set STEPWELL_DATABASE_URL"
-        ) from None
-
-
-def _require_reach(home: Path, account: pwd.struct_passwd) -> None:
-    closed = _first_closed(home, account)
-    if closed:
-        raise ConfigError(
-            f"the account {account.pw_name!r}, which runs the embedded Postgres for root, cannot enter "
-            f"{closed}: leave STEPWELL_DATA_DIR unset or choose a directory that is open to it"
-        )
-
-
-def _first_closed(path: Path, account: pwd.struct_passwd) -> Path | None:
-    """Return the directory on the way to `path` (itself included) that the account may not enter."""
-    for directory in [*reversed(path.parents), path]:
-        found = directory.stat()
-        if found.st_uid == account.pw_uid:
-            allowed = found.st_mode & stat.S_IXUSR
-        elif found.st_gid == account.pw_gid:
-            allowed = found.st_mode & stat.S_IXGRP
-        else:
-            allowed = found.st_mode & stat.S_IXOTH
-        if not allowed:
-            return directory
-    return None
 
 
 def _last_line(text: str) -> str:
