@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Call:
-    """A call that a body holds in its hand. Like a coroutine, it warns when nobody awaits it."""
+    """A call that a body holds in its hand. One that it drops without awaiting it is told to the drive."""
 
     __slots__ = ("_drive", "_performed")
 
@@ -26,7 +25,7 @@ class Call:
 
     def __del__(self) -> None:
         if not self._performed and not self._drive.discarding():
-            warnings.warn(f"{self.what()} was never awaited", RuntimeWarning, stacklevel=2, source=self)
+            self._drive.forgotten(self.what())
 
     def perform(self) -> Any:
         """Make the call, and return its value."""

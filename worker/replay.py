@@ -71,6 +71,7 @@ class Replay:
         "_cursor",
         "_draws",
         "_ended",
+        "_forgotten",
         "_guard",
         "_input",
         "_now",
@@ -105,6 +106,7 @@ class Replay:
         self._body: greenlet | None = None
         self._pending: tuple[Path, str] | None = None
         self._ended = False
+        self._forgotten = ""
         self._stop: BaseException | None = None
         self._verdict: Block | None = None
         self._refusals = 0
@@ -202,6 +204,11 @@ class Replay:
             self._stop = violation
             self._verdict = Block(_reason(violation), _fault(violation))
 
+    def forgotten(self, what: str) -> None:
+        """Remember a call that the body has dropped: it was never made, which no body means."""
+        if not self._ended and not self._forgotten:
+            self._forgotten = f"{calling_line()}: {what} was never awaited, so it did not happen; await it, in a def body wait(…)"
+
     def discarding(self) -> bool:
         """Tell whether the body is past its verdict, or is being discarded."""
         return self._stop is not None
@@ -273,6 +280,9 @@ class Replay:
         left = self._cursor.left_over()
         if left is not None:
             self.report(mismatch(described(left), "its end without that call", self._workflow.where))
+            return self._verdict
+        if self._forgotten:  # what a body drops because it fails, it fails for that reason alone
+            self.report(NotDeterministic(self._forgotten))
             return self._verdict
         return Finish(self._workflow.signature.encode_result(result, where=self._workflow.result_where))
 

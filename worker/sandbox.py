@@ -62,7 +62,7 @@ _INSTEAD = {
     "asyncio.timeout": "give the step a timeout: @step(timeout=…)",
     "asyncio.timeout_at": "give the step a timeout: @step(timeout=…)",
     "asyncio.wait_for": "give the step a timeout: @step(timeout=…)",
-    "time.sleep": "call sleep(…) of Stepwell instead, which is durable",
+    "time.sleep": "wait(sleep(…)) of Stepwell instead, in an async body await sleep(…), which is durable",
 }
 _OTHERWISE = "do it in a @step, whose result is recorded"
 

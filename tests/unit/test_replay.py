@@ -104,7 +104,7 @@ class TestCalls:
             '{"name":"later"}',
         ]
 
-    def test_an_async_step_that_nobody_awaits_warns_like_a_coroutine(self):
+    def test_a_step_that_nobody_awaits_blocks_a_body_that_returns(self):
         @step
         async def forgotten() -> None: ...
 
@@ -112,8 +112,33 @@ class TestCalls:
         async def flow() -> None:
             forgotten()
 
-        with pytest.warns(RuntimeWarning, match="step 'forgotten' was never awaited"):
-            assert Run(flow).finish() == Finish("null")
+        verdict = Run(flow).finish()
+        assert isinstance(verdict, Block)
+        assert "test_replay.py:" in verdict.error["message"]
+        assert "step 'forgotten' was never awaited" in verdict.error["message"]
+
+    def test_a_sleep_that_nobody_waits_for_blocks_as_well(self):
+        @workflow
+        def flow() -> str:
+            sleep(60)
+            return "rested"
+
+        verdict = Run(flow).finish()
+        assert isinstance(verdict, Block)
+        assert "a sleep was never awaited" in verdict.error["message"]
+
+    def test_a_body_that_fails_before_it_awaits_all_its_calls_fails(self):
+        @step
+        async def one(name: str) -> str:
+            return name
+
+        @workflow
+        async def flow() -> None:
+            calls = [one("a"), one("b")]
+            await calls[0]
+            raise ValueError("enough")
+
+        assert isinstance(Run(flow).finish(), Fail)
 
     def test_a_suspended_body_does_not_warn_of_calls_it_had_no_chance_to_await(self):
         @step
