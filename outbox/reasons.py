@@ -119,7 +119,7 @@ def situation(run: UUID) -> Statement[Situation]:
 def explain(it: Situation, earlier: Situation | None = None) -> str | None:
     """Return why the run is not running, or None if it runs or has ended."""
     if it.state == "blocked":
-        return f"blocked{_cause(it.error)}; after the fix, `stepwell runs retry {it.run}` resumes it"
+        return f"blocked{_cause(it.error)}; {after_the_fix(it.run)}"
     if it.state != "open":
         return None
     if it.task_state is None:
@@ -132,6 +132,11 @@ def explain(it: Situation, earlier: Situation | None = None) -> str | None:
     return {"ready": _ready, "shelved": _shelved, "suspect": _suspect, "waiting": _waiting}[it.task_state](
         it, alive
     )
+
+
+def after_the_fix(run: UUID) -> str:
+    """Return what to do about a blocked run."""
+    return f"after the fix, `stepwell runs retry {run}` resumes it"
 
 
 _NOBODY = "no worker is alive to do so, start one (`stepwell worker APP`)"

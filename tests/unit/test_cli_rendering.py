@@ -10,7 +10,9 @@ from uuid import UUID
 import pytest
 from rich.console import Console, RenderableType
 
+from outbox import faults
 from outbox.history import HistoryRecord, RunInfo, TaskInfo
+from worker import replay
 from worker.cli.rendering import console, run_table, run_view
 
 START = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
@@ -104,6 +106,72 @@ def test_a_failed_run_shows_its_error_with_the_trace() -> None:
     assert "  File x" in text
 
 
+def trace_of(*files: str) -> str:
+    frames = "".join(
+        f'  File "{file}", line 3, in f\n    call({i})\n    ^^^^\n' for i, file in enumerate(files)
+    )
+    return f"Traceback (most recent call last):\n{frames}ValueError: no\n"
+
+
+def failed_view(run_trace: str, *history: HistoryRecord) -> str:
+    error = {"type": "ValueError", "message": "no", "trace": run_trace}
+    return drawn(
+        run_view(run_info(status="failed", output=None, error=error), history, [], key=None, why=None)
+    )
+
+
+def test_a_run_that_a_step_ended_shows_the_trace_of_the_step() -> None:
+    caught = {"type": "KeyError", "message": "other", "trace": trace_of("/app/caught.py")}
+    ending = {"type": "ValueError", "message": "no", "trace": trace_of("/app/step.py")}
+    steps = [
+        record(1, (1,), "s", 1, outcome="failed", error=ending),
+        record(2, (2,), "t", 2, outcome="failed", error=caught),
+    ]
+    text = failed_view(trace_of("/app/body.py"), *steps)
+    assert "/app/step.py" in text
+    assert "body.py" not in text
+    assert "caught.py" not in text
+    assert "/app/body.py" in failed_view(trace_of("/app/body.py"), steps[1])
+
+
+def test_a_trace_leaves_out_our_own_frames() -> None:
+    ours = (replay.__file__, "/other/site-packages/worker/replay.py", faults.__file__)
+    text = failed_view(trace_of(*ours, "/app/worker/body.py", ours[1]))
+    assert [line for line in text.splitlines() if "File" in line] == [
+        '  File "/app/worker/body.py", line 3, in f'
+    ]
+    assert "call(3)" in text
+    assert text.count("call(") == 1
+    assert text.rstrip().endswith("ValueError: no")
+    assert replay.__file__ in failed_view(trace_of(replay.__file__))
+    assert "demo/app.py" in failed_view(trace_of(replay.__file__, "/x/site-packages/worker/demo/app.py"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"status": "pending", "started_at": None, "attempt": 0}, "nothing has happened yet"),
+        ({"status": "pending", "started_at": None, "attempt": 2}, "no step is recorded"),
+        ({"status": "succeeded"}, "no step is recorded"),
+        ({"status": "blocked"}, "no step is recorded"),
+    ],
+)
+def test_without_records_only_an_untouched_run_has_nothing_behind_it(
+    changes: dict[str, Any], said: str
+) -> None:
+    text = drawn(run_view(run_info(**changes), [], [], key=None, why=None))
+    assert [
+        line for line in text.splitlines() if line in ("nothing has happened yet", "no step is recorded")
+    ] == [said]
+
+
+def test_a_blocked_run_says_its_error_once() -> None:
+    info = run_info(status="blocked", output=None, error={"type": "E", "message": "it is so"})
+    text = drawn(run_view(info, [], [], key=None, why="blocked: E: it is so; after the fix, …"), width=200)
+    assert text.count("it is so") == 1
+    assert f"not running  blocked; after the fix, `stepwell runs retry {RUN}` resumes it" in text
+
+
 def test_a_retry_is_shown_between_the_epochs() -> None:
     history = [
         record(1, (), "w", 1, kind="run", outcome="failed", error={"type": "E", "message": "m"}),
@@ -138,14 +206,55 @@ def test_long_values_are_shortened() -> None:
     assert "…" in text
 
 
-def test_a_list_of_runs_shows_ids_whole_even_on_a_narrow_terminal() -> None:
-    failed = run_info(status="failed", error={"type": "ValueError", "message": "no"})
-    wide = drawn(run_table([run_info(labels={"a": "b"}), failed]), width=160).splitlines()
-    assert all(str(RUN) in line for line in wide[1:])
-    assert "a=b" in wide[1]
-    assert "ValueError: no" in wide[2]
-    narrow = drawn(run_table([run_info(), failed]), width=80).splitlines()
-    assert max(len(line.rstrip()) for line in narrow) <= 80
+def listed(width: int | None) -> list[str]:
+    other = UUID("0193a000-0001-7000-8000-000000000002")
+    runs = [
+        run_info(labels={"a": "b"}, finished_at=after(0.344)),
+        run_info(
+            id=other, workflow="a_workflow_with_quite_a_long_name", status="failed",
+            error={"type": "ValueError", "message": "no\nlead " + "x" * 300 + " end"},
+        ),
+    ]  # fmt: skip
+    out = io.StringIO()
+    Console(file=out, width=width or 80).print(run_table(runs, width), soft_wrap=True)
+    return out.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("width", range(50, 240, 5))
+def test_a_list_of_runs_fits_and_never_cuts_ids_statuses_and_durations(width: int) -> None:
+    heading, first, second = listed(width)
+    assert max(len(line) for line in (heading, first, second)) <= width
+    assert "succeeded" in first
+    assert "94 ms" in first
+    assert "failed" in second
+    assert "2.8 s" in second
+    assert first.split()[0] != second.split()[0]
+    assert str(RUN).startswith(first.split()[0])
+    assert "a_workflow_with_quite_a_long_name" in second or "…" in second
+
+
+def test_the_beginnings_of_ids_are_as_long_as_it_takes_to_tell_them_apart() -> None:
+    ids = [RUN, UUID("0193a000-0000-7000-8000-000200000001")]
+    lines = run_table([run_info(id=each) for each in ids], 50).plain.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [str(each)[:28] for each in ids]
+
+
+def test_a_narrow_list_of_runs_leaves_out_error_then_queue_then_created() -> None:
+    headings = [listed(width)[0].split() for width in range(50, 240)]
+    shown = [("created" in names, "queue" in names) for names in headings]
+    assert shown == sorted(shown)
+    assert set(shown) == {(False, False), (True, False), (True, True)}
+    assert "ValueError" not in listed(110)[2]
+    assert "ValueErr" in listed(150)[2]
+    assert all(str(RUN) in listed(width)[1] for width in range(80, 240))
+
+
+def test_a_list_of_runs_without_a_width_shows_everything_on_one_line_each() -> None:
+    heading, first, second = listed(None)
+    assert heading.split() == ["id", "workflow", "status", "queue", "created", "took"]
+    assert first.endswith("a=b")
+    assert "a_workflow_with_quite_a_long_name" in second
+    assert second.endswith("ValueError: no lead " + "x" * 300 + " end")
 
 
 def test_a_pipe_gets_no_colours_and_a_sane_width(monkeypatch: pytest.MonkeyPatch) -> None:

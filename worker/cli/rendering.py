@@ -1,7 +1,7 @@
 """What people see of runs, and JSON for programs.
 
 On a terminal with colours and as wide as it is; into a pipe without them, wide enough that nothing is cut that
-a terminal would show. Whatever comes from payloads or errors is printed with its control characters spelled
+a terminal would show, and a list with one line for each run, however long that is. Whatever comes from payloads or errors is printed with its control characters spelled
 out, so that a value cannot drive the terminal.
 """
 
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,11 +20,22 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+import outbox
+import worker
 from outbox.history import HistoryRecord, RunInfo, TaskInfo, dotted
+from outbox.reasons import after_the_fix
 
 _PIPED_COLUMNS = 160
 _LONGEST_VALUE = 80
 _LONGEST_INPUT = 400
+_GAP = 2
+_NARROW = {"workflow": 20, "": 12}  # what may be shortened, and to what before whole columns are left out
+_LEFT_OUT = ("", "queue", "created")
+_SHORT_ID = 23  # holds the time and 26 random bits
+_FRAME = re.compile(r'( *(?:\| +)?)File "([^"]+)", line \d+, in ')
+_PACKAGES = tuple(f"{Path(each.__path__[0])}{os.sep}" for each in (outbox, worker))
+_INSTALLED = re.compile(r"[/\\](?:site|dist)-packages[/\\](?:outbox|worker)[/\\]")
+_DEMO = re.compile(r"[/\\]worker[/\\]demo[/\\]")
 _JOINERS = "\u200c\u200d"  # invisible, but part of how names are written in several scripts
 
 _STYLES = {
@@ -54,24 +67,79 @@ def print_json(content: Any) -> None:
 # -- a list of runs ------------------------------------------------------------------------------------
 
 
-def run_table(runs: Sequence[RunInfo]) -> Table:
-    """Return one line for each run."""
-    table = _table("id", "workflow", "status", "queue", "created", "took", "")
-    for run in runs:
-        took = _span(run.started_at, run.finished_at) if run.finished_at else ""
-        table.add_row(
-            _plain(str(run.id)), _plain(run.workflow), _status(run.status), _plain(run.queue), _moment(run.created_at),
-            took, _remark(run),
-        )  # fmt: skip
-    return table
+def run_table(runs: Sequence[RunInfo], width: int | None = None) -> Text:
+    """Return one line for each run, under a heading: all of it, or what fits into `width`.
+
+    Whole columns give way first, then the end of the ids. An id, a status and a duration are never cut.
+    """
+    cells = [_listed(run) for run in runs]
+    widths = {name: max(len(name), *(row[name].cell_len for row in cells)) for name in cells[0]}
+    if width is not None:
+        widths = _fitting(widths, width)
+        if _taken(widths) > width:
+            widths["id"] = _unique_length([str(run.id) for run in runs])
+            widths["workflow"] = max(1, min(widths["workflow"], widths["workflow"] + width - _taken(widths)))
+    heading = {name: Text(name, style="dim") for name in widths}
+    return Text("\n").join(_line(row, widths) for row in [heading, *cells])
+
+
+def _listed(run: RunInfo) -> dict[str, Text]:
+    took = _span(run.started_at, run.finished_at) if run.finished_at else ""
+    return {
+        "id": Text(str(run.id)),
+        "workflow": _plain(_one_line(run.workflow)),
+        "status": _status(run.status),
+        "queue": _plain(_one_line(run.queue)),
+        "created": Text(_moment(run.created_at)),
+        "took": Text(took),
+        "": _remark(run),
+    }
+
+
+def _fitting(widths: dict[str, int], width: int) -> dict[str, int]:
+    """Return the columns that have room in `width`, the workflow and then the error as wide as that allows."""
+    kept = dict(widths)
+    for leaving in (None, *_LEFT_OUT):
+        if leaving is not None:
+            del kept[leaving]
+        least = {name: min(size, _NARROW.get(name, size)) for name, size in kept.items()}
+        if _taken(least) <= width:
+            for name in (each for each in _NARROW if each in kept):
+                spare = width - _taken(least)
+                least[name] = min(kept[name], least[name] + spare)
+            return least
+    return kept
+
+
+def _taken(widths: Mapping[str, int]) -> int:
+    return sum(widths.values()) + _GAP * (len(widths) - 1)
+
+
+def _unique_length(ids: Sequence[str]) -> int:
+    """Return how much of the ids tells them apart."""
+    return next(
+        (n for n in range(_SHORT_ID, 36) if len({each[:n] for each in ids}) == len(set(ids))), len(ids[0])
+    )
+
+
+def _line(row: Mapping[str, Text], widths: Mapping[str, int]) -> Text:
+    line = Text()
+    for name, size in widths.items():
+        cell = row[name].copy()
+        cell.truncate(size, overflow="crop" if name == "id" else "ellipsis")
+        room = " " * (size - cell.cell_len)
+        gap = " " * _GAP if line.cell_len else ""
+        line = Text.assemble(line, gap, *((room, cell) if name == "took" else (cell, room)))
+    line.rstrip()
+    return line
 
 
 def _remark(run: RunInfo) -> Text:
     if run.error is not None:
-        return _plain(_shortened(_fault(run.error)), "red")
+        return _plain(_one_line(_fault(run.error)), "red")
     if run.status == "waiting" and run.due_at is not None:
         return Text(f"until {_moment(run.due_at)}")
-    return _plain(_shortened(" ".join(f"{name}={value}" for name, value in run.labels.items())), "dim")
+    return _plain(_one_line(" ".join(f"{name}={value}" for name, value in run.labels.items())), "dim")
 
 
 # -- one run -------------------------------------------------------------------------------------------
@@ -92,11 +160,47 @@ def run_view(
         parts += ["", _plain(f"output  {_shortened(_json(run.output), _LONGEST_INPUT)}")]
     if run.error is not None:
         parts += ["", _plain(f"error   {_fault(run.error)}", "red")]
-        if run.error.get("trace"):
-            parts.append(_plain(str(run.error["trace"]).rstrip(), "dim"))
+        if trace := _trace(run, history):
+            parts.append(_plain(trace, "dim"))
     if why is not None:
+        if run.status == "blocked" and run.error is not None:
+            why = f"blocked; {after_the_fix(run.id)}"  # by the error that stands above
         parts += ["", Text.assemble(("not running  ", "bold"), _plain(why))]
     return Group(*parts)
+
+
+def _trace(run: RunInfo, history: Sequence[HistoryRecord]) -> str:
+    """Return where it went wrong: in the step whose error ended the run, if there is one, else in the body."""
+    error = run.error or {}
+    steps = (
+        record.error
+        for record in reversed(history)
+        if run.status == "failed" and record.kind == "step" and record.epoch == run.epoch and record.error
+    )
+    same = (each for each in steps if each.get("trace") and _fault(each) == _fault(error))
+    return _without_us(str(next(same, error).get("trace") or "").rstrip())
+
+
+def _without_us(trace: str) -> str:
+    """Return `trace` without the frames of Stepwell itself; as it is if it has no others."""
+    kept: list[str] = []
+    indent: str | None = None  # of the frame that is being left out
+    others = False
+    for line in trace.splitlines():
+        if frame := _FRAME.match(line):
+            indent = frame[1] if _is_ours(frame[2]) else None
+            others = others or indent is None
+        elif indent is not None and not line.startswith((f"{indent}  ", f"{indent}[Previous line repeated")):
+            indent = None
+        if indent is None:
+            kept.append(line)
+    return "\n".join(kept) if others else trace
+
+
+def _is_ours(file: str) -> bool:
+    """Tell whether a file is Stepwell's, here or where the worker was installed. The demo is a user's app."""
+    ours = file.startswith(_PACKAGES) or _INSTALLED.search(file) is not None
+    return ours and not _DEMO.search(file)
 
 
 def _header(run: RunInfo, key: str | None) -> Iterator[Text]:
@@ -124,7 +228,8 @@ def _steps(run: RunInfo, history: Sequence[HistoryRecord], tasks: Sequence[TaskI
     """Return what has happened in its order, then what is under way."""
     rows = [*_past(run, history), *_present(run, history, tasks)]
     if not rows:
-        return Text("nothing has happened yet", style="dim")
+        untouched = run.status == "pending" and run.started_at is None and not run.attempt
+        return Text("nothing has happened yet" if untouched else "no step is recorded", style="dim")
     table = _table("path", "step", "outcome", "took", "")
     for row in rows:
         table.add_row(*row)
@@ -247,8 +352,12 @@ def _json(value: Any) -> str:
 
 
 def _shortened(text: str, longest: int = _LONGEST_VALUE) -> str:
-    text = " ".join(text.split())
+    text = _one_line(text)
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _plain(text: str, style: str = "") -> Text:

@@ -47,7 +47,8 @@ def list_runs(
     if as_json:
         print_json([run.to_json() for run in found])
     elif found:
-        console().print(run_table(found))
+        out = console()
+        out.print(run_table(found, out.width if out.file.isatty() else None), soft_wrap=True)
     else:
         click.echo("no runs", err=True)
 
