@@ -35,7 +35,7 @@ from worker.definitions import Step, Workflow
 from worker.execution import Answered, Call, CutShort, Executor, NotDone, Outcome, Raised, TimedOut, uncancel
 from worker.records import Record, visible
 from worker.replay import Guard, Replay
-from worker.reports import bug, ended_transaction, held, refused
+from worker.reports import bug, ended_transaction, held, log_end, refused
 from worker.retries import Retry, failures_of
 from worker.transactions import (
     Committed,
@@ -175,6 +175,7 @@ class Advance:
         self._standing.applied(turn, writing)
         if writing.end is not None:
             metrics.run_seconds(self.claim.name).observe(self._standing.seconds())
+            log_end(self.claim.name, writing.end)
         self.parked = writing.transition.then == "park"
         if writing.transition.then != "move":
             return None

@@ -182,6 +182,7 @@ class Engine:
             names=self._names,
         )
         self._registered = True
+        logger.info("claiming %s from %s", ", ".join(self._names), ", ".join(self._queues))
 
     async def _stop(self) -> None:
         await self._stopped.wait()

@@ -1,10 +1,26 @@
-"""What a person is told of a run that an execution has blocked."""
+"""What a person is told of a run that has failed or is blocked."""
 
 from __future__ import annotations
+
+import logging
 
 from outbox.codec import encode_fault
 from worker.decisions import Block, DoStep
 from worker.records import dotted
+from worker.transitions import EndRow
+
+logger = logging.getLogger(__name__)
+
+
+def log_end(workflow: str, end: EndRow) -> None:
+    """Log an end that is not the good one, by the type of its error: the message may hold payload."""
+    if end.state in ("failed", "blocked"):
+        level = logging.ERROR if end.state == "blocked" else logging.INFO  # an error needs a person
+        kind = (end.error or {}).get("type", "no error")
+        logger.log(level, "run %s of %s %s: %s", end.run_id, workflow, _IS[end.state], kind)
+
+
+_IS = {"failed": "has failed", "blocked": "is blocked"}
 
 
 def held(step: DoStep) -> Block:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from psycopg.conninfo import conninfo_to_dict
 
 from tests.waiting import wait_until
 
@@ -34,13 +33,10 @@ class Shop:
         self.home = home
         self.port = _free_port()
         self.workers: list[subprocess.Popen[bytes]] = []
-        given = conninfo_to_dict(url)
         self.environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "STEPWELL_DATABASE_URL": url,
-            "PGHOST": str(given["host"]), "PGUSER": str(given["user"]), "PGDATABASE": str(given["dbname"]),
-            "PGPORT": str(given.get("port", 5432)),
         }  # fmt: skip
         for language, text in BLOCKS:
             if language == "python":

@@ -71,7 +71,7 @@ def _announce(server: EmbeddedPostgres, applied: list[str]) -> None:
     if applied:
         done.append("schema installed")
     click.echo(
-        f"stepwell: no database URL, so the embedded Postgres in {server.data_dir} ({', '.join(done)})",
+        f"stepwell: no database URL, so the embedded Postgres in {server.data_dir} ({', '.join(done)}): {server.url}",
         err=True,
     )
 
