@@ -44,6 +44,7 @@ APP = "worker.demo.workflows"
 POLL_SECONDS = 0.02
 STUCK_AFTER_SECONDS = 45.0
 """Longer than the slowest detector of a dead worker takes, with everything else in the way."""
+SIGNALS_SETTLE_SECONDS = 0.5
 WAVES = 6
 WAVES_TAKE_SECONDS = 3.0
 
@@ -210,6 +211,7 @@ def _wait_until_all_ended(
         if (ended, blocked) != seen or happened:
             seen, changed_at = (ended, blocked), now
         if stage.workers.pid is None:
+            interruption.sleep(SIGNALS_SETTLE_SECONDS)  # a signal to the whole group may have reached them first
             return [
                 f"the workers have ended by themselves; their log ends with:\n{log_end(stage.workers.log)}"
             ]
