@@ -211,7 +211,8 @@ def _wait_until_all_ended(
         if (ended, blocked) != seen or happened:
             seen, changed_at = (ended, blocked), now
         if stage.workers.pid is None:
-            interruption.sleep(SIGNALS_SETTLE_SECONDS)  # a signal to the whole group may have reached them first
+            # A signal to the whole group may have reached them first.
+            interruption.sleep(SIGNALS_SETTLE_SECONDS)
             return [
                 f"the workers have ended by themselves; their log ends with:\n{log_end(stage.workers.log)}"
             ]
