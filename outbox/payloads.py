@@ -32,13 +32,20 @@ DEFAULT_MAX_BYTES = 1_048_576
 _PLAIN = frozenset({str, int, bool, type(None), bytes, date, timedelta, UUID})
 
 
-def encode(value: Any, *, where: str, max_bytes: int = DEFAULT_MAX_BYTES) -> str:
+def encode(
+    value: Any, *, where: str, max_bytes: int = DEFAULT_MAX_BYTES, parts: tuple[Any, ...] | None = None
+) -> str:
     """Return `value` as JSON text.
 
-    Raises PayloadError, which begins with `where` ("input of workflow 'welcome_lead'") and names the field.
+    Raises PayloadError, which begins with `where` ("input of workflow 'welcome_lead'") and names the field. `parts`
+    are what of the value is not known to be clean, if that is less than all of it.
     """
+    looked_at = value if parts is None else parts
     try:
-        raw = _ENCODER.encode(value) if _is_clean(value) else _encode_with_care(value, where)
+        if type(looked_at) in _PLAIN or _is_clean(looked_at):
+            raw = _ENCODER.encode(value)
+        else:
+            raw = _encode_with_care(value, where)
     except PayloadError:
         raise
     except Exception as error:  # the caller's own classes run in here: serializers, properties

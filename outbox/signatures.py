@@ -91,15 +91,19 @@ class Signature:
             bound = struct(*args, **kwargs)
         except TypeError as error:
             raise self._misfit(args, kwargs, where, error) from None
-        return encode(bound, where=where, max_bytes=max_bytes)
+        # Defaults were looked at when the function was decorated.
+        return encode(
+            bound, where=where, max_bytes=max_bytes, parts=(*args, *kwargs.values()) if kwargs else args
+        )
 
     def decode_arguments(self, text: str | bytes, *, where: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return (args, kwargs) for one call. Raises PayloadError naming an unknown, missing or wrong field."""
         bound = read(self._arguments[1], text, where)
-        args = tuple([getattr(bound, name) for name in self._positional])
+        values = msgspec.structs.astuple(bound)
         if not self._keyword_only:
-            return args, {}
-        return args, {name: getattr(bound, name) for name in self._keyword_only}
+            return values, {}
+        count = len(self._positional)
+        return values[:count], dict(zip(self._keyword_only, values[count:], strict=True))
 
     def check_input(self, given: Mapping[str, Any] | str | bytes, *, where: str = "input") -> None:
         """Raise PayloadError if `given` (an object, or its JSON text) cannot be decoded to a call."""

@@ -49,7 +49,7 @@ class Held:
     ) -> RecordRow:
         """Return the record of an execution of a step."""
         return RecordRow(
-            self.task, str(self.run), self.claim.epoch, path, n, "step", more.pop("name", "send"), outcome,
+            self.task, self.run, self.claim.epoch, path, n, "step", more.pop("name", "send"), outcome,
             datetime.now(UTC), value=None if value is None else msgspec.Raw(value.encode()), **more,
         )  # fmt: skip
 
@@ -73,18 +73,18 @@ class Held:
         """Return the end of the run: its record comes after the others."""
         error = None if state == "succeeded" else {"type": "E", "message": "it ended"}
         ended = RecordRow(
-            self.task, str(self.run), self.claim.epoch, (), 0, "run", self.claim.name, state, datetime.now(UTC), error=error
+            self.task, self.run, self.claim.epoch, (), 0, "run", self.claim.name, state, datetime.now(UTC), error=error
         )  # fmt: skip
         raw = msgspec.Raw(output.encode()) if output is not None and error is None else None
         return self._writing(
-            "finish", (*records, ended), end=EndRow(self.task, str(self.run), state, raw, error)
+            "finish", (*records, ended), end=EndRow(self.task, self.run, state, raw, error)
         )
 
     def _writing(
         self, then: Then, records: Sequence[RecordRow], end: EndRow | None = None, **more: Any
     ) -> Writing:
         transition = Transition(
-            self.task, self.attempt, self.position, str(self.run), self.claim.epoch or 0, then, self.wakeups, **more
+            self.task, self.attempt, self.position, self.run, self.claim.epoch or 0, then, self.wakeups, **more
         )  # fmt: skip
         return Writing(transition, tuple(records), end)
 

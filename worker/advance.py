@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, assert_never
@@ -28,7 +28,7 @@ from outbox.errors import HistoryMismatch
 from outbox.settings import Settings
 from worker import metrics
 from worker.claims import Claim
-from worker.committer import Committer, Receipt
+from worker.committer import Committer
 from worker.context import StepInfo
 from worker.decisions import Block, Decision, DoStep, Sleep
 from worker.definitions import Step, Workflow
@@ -47,8 +47,8 @@ from worker.transactions import (
     Transactions,
     Uncertain,
 )
-from worker.transitions import Verdict, Writing, encode, verdict_of
-from worker.turns import Cancel, Park, Recorded, Release, Standing, Turn
+from worker.transitions import Receipt, Verdict, Writing, encode, receipt_of
+from worker.turns import Cancel, Park, Release, Standing, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class Advance:
         """Write what the turn needs to be durable, then act on it; None when this claim is over."""
         if not turn.written:
             turn = self._prepared(turn)
-            writing = self._writing(turn)
+            writing = self._standing.writing(turn)
             if writing is not None:
                 receipt = await self._means.committer.commit(writing)
                 if receipt.refused is not None and isinstance(turn.decision, Block):
@@ -161,7 +161,7 @@ class Advance:
                 after = self._judged(receipt, turn, writing)
                 if after is not turn:
                     return after
-        if isinstance(turn.decision, DoStep):
+        if type(turn.decision) is DoStep:
             return await self._execute(turn.decision, turn.wait_seconds)
         return None
 
@@ -191,18 +191,20 @@ class Advance:
 
     def _prepared(self, turn: Turn) -> Turn:
         """Return the turn with what was not the body's to decide: interruptions, holds, waits that are over."""
-        while isinstance(turn.decision, Sleep):
+        while type(turn.decision) is Sleep:
             turn = self._prepared_sleep(turn.decision, turn.records)
-        return self._prepared_step(turn.decision, turn) if isinstance(turn.decision, DoStep) else turn
+        return self._prepared_step(turn.decision, turn) if type(turn.decision) is DoStep else turn
 
     def _prepared_step(self, step: DoStep, turn: Turn) -> Turn:
         standing, records = self._standing, turn.records
+        if not standing.returned and not step.earlier:
+            return turn  # what is neither resumed nor repeated: nearly every step
         here = standing.doing == step.path
-        if standing.interrupted and (here or (standing.doing is None and not _is_careful(step))):
+        if standing.interrupted and (here or (standing.doing is None and not step.step.is_careful)):
             standing.interrupted = False
             recorded = standing.record_interruption(step)
             records = (*records, recorded)
-            step = _with_earlier(step, recorded.record)
+            step = _with_earlier(step, recorded)
         executions = standing.executions(step)
         if executions and executions[-1].outcome == "interrupted" and step.step.on_crash == "hold":
             return Turn(held(step), records)
@@ -211,7 +213,7 @@ class Advance:
             return Turn(Park(step.path, standing.cut_by_deadline(due_in)))
         return Turn(step, records, turn.wait_seconds)
 
-    def _prepared_sleep(self, sleep: Sleep, records: tuple[Recorded, ...]) -> Turn:
+    def _prepared_sleep(self, sleep: Sleep, records: tuple[Record, ...]) -> Turn:
         standing = self._standing
         left = standing.due_in(sleep.path)
         if left is None:
@@ -227,10 +229,6 @@ class Advance:
         if sleep.until is not None and (remaining is None or left < remaining):
             return Turn(Park(sleep.path, None, sleep.until), records)
         return Turn(Park(sleep.path, standing.cut_by_deadline(left)), records)
-
-    def _writing(self, turn: Turn) -> Writing | None:
-        starts_unwritten = isinstance(turn.decision, DoStep) and not _is_careful(turn.decision)
-        return self._standing.writing(turn, starts_unwritten=starts_unwritten)
 
     # -- executing
 
@@ -280,23 +278,19 @@ class Advance:
         passed = self._standing.deadline_passed()
         return None if passed is None else Turn(passed)
 
-    async def _outcome(self, step: DoStep) -> Outcome:
+    def _outcome(self, step: DoStep) -> Awaitable[Outcome]:
         call, timeout = self._call(step), self._timeout(step)
-        if step.step.verify is not None and step.earlier:
-            verified = await self._means.executor.verify(call, timeout)
-            if not isinstance(verified, NotDone):
-                return verified
-        return await self._means.executor.execute(call, timeout)
+        if step.earlier and step.step.verify is not None:
+            return self._verified(call, timeout)
+        return self._means.executor.execute(call, timeout)
+
+    async def _verified(self, call: Call, timeout: float | None) -> Outcome:
+        verified = await self._means.executor.verify(call, timeout)
+        return await self._means.executor.execute(call, timeout) if isinstance(verified, NotDone) else verified
 
     def _call(self, step: DoStep) -> Call:
         standing = self._standing
-        info = StepInfo(
-            run_id=self.claim.run_id,
-            path=step.path,
-            execution=len(step.earlier) + 1,
-            idempotency_key=standing.idempotency_key(step.path),
-            fence=standing.fence,
-        )
+        info = StepInfo(self.claim.run_id, step.path, len(step.earlier) + 1, standing.fence)
         return Call(step.step, step.arguments, standing.facts, info, self._means.settings.max_payload_bytes)
 
     def _timeout(self, step: DoStep) -> float | None:
@@ -349,7 +343,7 @@ class Advance:
         failed = standing.record_step(step, len(executions) + 1, outcome, error=fault)
         verdict = None
         if step.step.retry is not None and not final:
-            verdict = step.step.retry.decide(failures_of([*executions, failed.record]), error)
+            verdict = step.step.retry.decide(failures_of([*executions, failed]), error)
         if not isinstance(verdict, Retry):
             recorded = standing.record_step(step, 0, "failed", error=fault)
             return Turn(self._delivered(recorded), (recorded,))
@@ -358,7 +352,7 @@ class Advance:
             wait = max(wait, HELD_WAIT_SECONDS + BUSY_THREAD_SECONDS)
         if wait > HELD_WAIT_SECONDS:
             return Turn(Park(step.path, standing.cut_by_deadline(wait)), (failed,))
-        return Turn(_with_earlier(step, failed.record), (failed,), wait_seconds=wait)
+        return Turn(_with_earlier(step, failed), (failed,), wait_seconds=wait)
 
     # -- transactional steps
 
@@ -368,7 +362,7 @@ class Advance:
         def conclude(value: Any) -> Documents:
             recorded = self._standing.record_step(step, 0, "completed", value=call.encoded(value))
             turn = self._prepared(Turn(self._delivered(recorded), (recorded,)))
-            writing = self._writing(turn)
+            writing = self._standing.writing(turn)
             assert writing is not None
             concluded.append((turn, writing))
             return encode([writing])
@@ -380,8 +374,8 @@ class Advance:
         if isinstance(outcome, Committed):
             self._repeats = self._begun = 0
             turn, writing = concluded[0]
-            after = self._judged(Receipt(*verdict_of(outcome.code)), turn, writing)
-            return turn._replace(written=True) if after is turn else after
+            after = self._judged(receipt_of(outcome.code), turn, writing)
+            return msgspec.structs.replace(turn, written=True) if after is turn else after
         if concluded:
             self._driven()  # the body has gone on with a value that is not recorded
         match outcome:
@@ -428,9 +422,9 @@ class Advance:
 
     # -- the body
 
-    def _delivered(self, recorded: Recorded) -> Decision:
+    def _delivered(self, record: Record) -> Decision:
         assert self._replay is not None
-        return self._replay.deliver(recorded.record)
+        return self._replay.deliver(record)
 
     def _close_replay(self) -> None:
         if self._replay is not None:
@@ -438,11 +432,6 @@ class Advance:
                 metrics.DRIFT.inc(len(self._replay.drifts))
             self._replay.close()
             self._replay = None
-
-
-def _is_careful(step: DoStep) -> bool:
-    """Tell whether it matters that the step had started."""
-    return step.step.verify is not None or step.step.on_crash == "hold"
 
 
 def _with_earlier(step: DoStep, record: Record) -> DoStep:

@@ -100,7 +100,7 @@ class Caretaker:
             await self._committer.commit(
                 Writing(
                     Transition(
-                        stray.task, stray.attempt, stray.position, str(stray.run_id), 0, "release", wakeups=0
+                        stray.task, stray.attempt, stray.position, stray.run_id, 0, "release", wakeups=0
                     )
                 )
             )

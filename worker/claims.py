@@ -49,7 +49,7 @@ class DeclaredDead(Exception):
     """The database holds this worker for dead: whatever it still does is fenced."""
 
 
-class Claim(NamedTuple):
+class Claim(msgspec.Struct, frozen=True, gc=False):
     """One claimed task, as `claim_v1` answers it, with its run where it is a run's own task.
 
     `due_in`, `waited` and `deadline_in` are seconds relative to `now`, the database's clock at the claim.

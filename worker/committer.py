@@ -22,7 +22,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import psycopg
 from psycopg import AsyncConnection
@@ -31,7 +31,7 @@ from outbox.database import is_disconnect, retry_connecting_async
 from worker import metrics
 from worker.queries import load
 from worker.transient import is_bad_data, is_conflict
-from worker.transitions import Verdict, Writing, encode, verdict_of
+from worker.transitions import Receipt, Verdict, Writing, encode, receipt_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +41,6 @@ CONFLICT_SECONDS = 0.01
 """How long a flush waits after a deadlock or a serialization failure."""
 REFUSED_SECONDS = 1.0
 """How long it waits after an error that is nobody's data."""
-
-
-class Receipt(NamedTuple):
-    """The database's answer. `refused` is its message when it refused the data of this transition."""
-
-    verdict: Verdict
-    cancelling: bool = False
-    refused: str | None = None
 
 
 class Committer:
@@ -150,7 +142,7 @@ class Committer:
         metrics.COMMIT_SECONDS.observe(time.monotonic() - started)
         metrics.COMMIT_BATCH.observe(len(batch))
         for (_, future), code in zip(batch, codes, strict=True):
-            _answer(future, Receipt(*verdict_of(code)))
+            _answer(future, receipt_of(code))
 
     async def _send(self, writings: list[Writing]) -> list[int]:
         statement = load("flush")

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import random as _random
 import uuid as _uuid
-from collections.abc import Awaitable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import msgspec
 
 from outbox.errors import ConfigError
+from worker.records import dotted
 
 if TYPE_CHECKING:
     from worker.definitions import Step
@@ -61,27 +61,40 @@ class Drive(Protocol):
 
 
 class StepInfo(msgspec.Struct, frozen=True):
-    """The execution of a step, as the step itself may know it."""
+    """The execution of a step, as the step itself may know it.
+
+    `execution` counts from 1. `fence` is an integer that grows with every execution in this run, for stores that
+    can compare it.
+    """
 
     run_id: _uuid.UUID
     path: Path
     execution: int
-    idempotency_key: str
     fence: int
+
+    @property
+    def idempotency_key(self) -> str:
+        """What stays the same over all executions of this call, and differs from every other call's."""
+        return f"{self.run_id}:{dotted(self.path)}"
 
 
 current_drive: ContextVar[Drive | None] = ContextVar("stepwell_drive", default=None)
 _execution: ContextVar[tuple[RunFacts, StepInfo] | None] = ContextVar("stepwell_execution", default=None)
 
 
-@contextmanager
-def executing(facts: RunFacts, step: StepInfo) -> Iterator[None]:
+class executing:  # noqa: N801 - a context manager; as a generator it would cost ten times as much
     """Make `current_run()` and `current_step()` answer inside the execution of a step."""
-    token = _execution.set((facts, step))
-    try:
-        yield
-    finally:
-        _execution.reset(token)
+
+    __slots__ = ("_execution", "_token")
+
+    def __init__(self, facts: RunFacts, step: StepInfo) -> None:
+        self._execution = (facts, step)
+
+    def __enter__(self) -> None:
+        self._token = _execution.set(self._execution)
+
+    def __exit__(self, *_: object) -> None:
+        _execution.reset(self._token)
 
 
 def current_run() -> RunFacts:

@@ -205,6 +205,8 @@ class Step(Definition[P, R]):
         self.verify = self._checked(lambda: options.verify(verify, parameters[self.skipped :]))
         self.raises = self._checked(lambda: options.raises(raises))
         self.transaction = self._checked(lambda: self._kind(parameters)) if transactional else None
+        self.is_careful = verify is not None or self.on_crash == "hold"
+        """Whether it matters to what happens next that an execution had started."""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         drive = current_drive.get()

@@ -319,7 +319,7 @@ class Engine:
         await self._committer.commit(
             Writing(
                 Transition(
-                    task=claim.task, attempt=claim.attempt, position=claim.position, run_id=str(claim.run_id),
+                    task=claim.task, attempt=claim.attempt, position=claim.position, run_id=claim.run_id,
                     epoch=claim.epoch or 0, then="wake", wakeups=0,
                 )
             )

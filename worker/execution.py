@@ -15,8 +15,10 @@ import inspect
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
+
+import msgspec
 
 from outbox.errors import PayloadError
 from worker.context import StepInfo, executing
@@ -29,41 +31,41 @@ SPARE_THREADS = 1024
 """Room for abandoned threads above the bound; a thread is only made when none is idle."""
 
 
-class Answered(NamedTuple):
+class Answered(msgspec.Struct, frozen=True, gc=False):
     """The step returned; its value as JSON text."""
 
     value: str
 
 
-class Returned(NamedTuple):
+class Returned(msgspec.Struct, frozen=True, gc=False):
     """User code returned a value, not encoded yet."""
 
     value: Any
 
 
-class Raised(NamedTuple):
+class Raised(msgspec.Struct, frozen=True):
     """The step raised. `final`: trying again cannot help, for the effect has happened."""
 
     error: BaseException
     final: bool = False
 
 
-class TimedOut(NamedTuple):
+class TimedOut(msgspec.Struct, frozen=True, gc=False):
     """The step did not answer in time."""
 
 
-class CutShort(NamedTuple):
+class CutShort(msgspec.Struct, frozen=True, gc=False):
     """The engine ended the execution before it answered."""
 
 
-class NotDone(NamedTuple):
+class NotDone(msgspec.Struct, frozen=True, gc=False):
     """A verification found that the effect has not happened."""
 
 
 Outcome = Answered | Raised | TimedOut | CutShort
 
 
-class Call(NamedTuple):
+class Call(msgspec.Struct, frozen=True, gc=False):
     """A step with what it is called with."""
 
     step: Step[Any, Any]
@@ -98,7 +100,7 @@ class Executor:
 
     def is_abandoned(self, run_id: UUID, path: Path) -> bool:
         """Tell whether a thread of this process still executes an earlier, abandoned execution."""
-        return (run_id, path) in self._abandoned
+        return bool(self._abandoned) and (run_id, path) in self._abandoned
 
     async def execute(self, call: Call, timeout: float | None) -> Outcome:
         """Execute a step that is not transactional."""
@@ -160,11 +162,11 @@ async def awaited(
     coroutine: Coroutine[Any, Any, Any], timeout: float | None
 ) -> Returned | Raised | TimedOut | CutShort:
     """Await user code; return Returned, Raised, TimedOut or CutShort."""
-    limit = asyncio.timeout(timeout) if timeout is not None else None
+    limit = None
     try:
-        if limit is None:
+        if timeout is None:
             return Returned(await coroutine)
-        async with limit:
+        async with asyncio.timeout(timeout) as limit:
             return Returned(await coroutine)
     except asyncio.CancelledError as error:
         return CutShort() if uncancel() else Raised(error)

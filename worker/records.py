@@ -42,19 +42,22 @@ class Record(msgspec.Struct, frozen=True, gc=False):
 
 
 class RunFacts(msgspec.Struct, frozen=True):
-    """What a body may know of its own run; the same in every replay of the epoch."""
+    """What a body may know of its own run; the same in every replay of the epoch.
+
+    `seed` is what the numbers and UUIDs of the body are drawn from, by its text.
+    """
 
     id: UUID
     workflow: str
     created_at: datetime
-    seed: str
+    seed: UUID | str
     epoch: int = 0
     labels: dict[str, str] = {}
 
 
 def dotted(path: Path) -> str:
     """Return the path as people read it: ``3.1.2``."""
-    return ".".join(map(str, path))
+    return str(path[0]) if len(path) == 1 else ".".join(map(str, path))
 
 
 def visible(history: Iterable[Record]) -> list[Record]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from enum import Enum
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
+from uuid import UUID
 
 import msgspec
 
@@ -24,7 +25,7 @@ class RecordRow(msgspec.Struct, omit_defaults=True, gc=False):
     """One row for the outbox, as `flush_v1` reads it. `i` and `k` are set when it is sent."""
 
     task: int
-    run_id: str
+    run_id: UUID
     epoch: int
     path: Sequence[int]
     n: int
@@ -43,7 +44,7 @@ class EndRow(msgspec.Struct, omit_defaults=True, gc=False):
     """How a run ends, as `flush_v1` reads it."""
 
     task: int
-    run_id: str
+    run_id: UUID
     state: EndState
     output: msgspec.Raw | None = None
     error: dict[str, Any] | None = None
@@ -59,7 +60,7 @@ class Transition(msgspec.Struct, omit_defaults=True, gc=False):
     task: int
     attempt: int
     position: int
-    run_id: str
+    run_id: UUID
     epoch: int
     then: Then
     wakeups: int
@@ -70,7 +71,7 @@ class Transition(msgspec.Struct, omit_defaults=True, gc=False):
     i: int | None = None
 
 
-class Writing(NamedTuple):
+class Writing(msgspec.Struct, frozen=True, gc=False):
     """A transition with what belongs to it."""
 
     transition: Transition
@@ -79,10 +80,14 @@ class Writing(NamedTuple):
 
     def size(self) -> int:
         """Return about how many bytes it takes on the wire."""
-        payload = sum(len(r.value) for r in self.records if r.value is not None)
+        size = ROW_BYTES
+        for record in self.records:
+            size += ROW_BYTES
+            if record.value is not None:
+                size += len(record.value)
         if self.end is not None and self.end.output is not None:
-            payload += len(self.end.output)
-        return payload + ROW_BYTES * (1 + len(self.records))
+            size += len(self.end.output)
+        return size
 
 
 class Verdict(Enum):
@@ -112,6 +117,21 @@ def encode(batch: Sequence[Writing]) -> tuple[str, str, str]:
     return _encode([w.transition for w in batch]).decode(), _encode(records).decode(), _encode(ends).decode()
 
 
-def verdict_of(code: int) -> tuple[Verdict, bool]:
-    """Return the verdict in an answer of `flush_v1`, and whether the run is to be cancelled."""
-    return Verdict(code % 4), code >= 4
+class Receipt(msgspec.Struct, frozen=True, gc=False):
+    """The database's answer. `refused` is its message when it refused the data of this transition."""
+
+    verdict: Verdict
+    cancelling: bool = False
+    refused: str | None = None
+
+
+_RECEIPTS = {
+    verdict.value + 4 * cancelling: Receipt(verdict, cancelling)
+    for verdict in Verdict
+    for cancelling in (False, True)
+}
+
+
+def receipt_of(code: int) -> Receipt:
+    """Return what an answer of `flush_v1` says of one transition."""
+    return _RECEIPTS[code]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple, assert_never
+from typing import Any, assert_never
 
 import msgspec
 
@@ -16,14 +16,14 @@ from outbox.codec import encode_fault
 from outbox.errors import DeadlineExceeded
 from worker.claims import Claim
 from worker.decisions import Block, Decision, DoStep, Fail, Finish, Sleep
-from worker.records import VOIDED, Path, Record, RunFacts, dotted
+from worker.records import VOIDED, Path, Record, RunFacts
 from worker.transitions import EndRow, EndState, RecordRow, Then, Transition, Writing
 
 DEADLINE_MARGIN_SECONDS = 0.05
 """Added to a wait that a deadline cuts, so that the deadline has passed for certain when it ends."""
 
 
-class Park(NamedTuple):
+class Park(msgspec.Struct, frozen=True, gc=False):
     """Wait at `path`, so many seconds or until a moment, without a claim."""
 
     path: Path
@@ -31,26 +31,19 @@ class Park(NamedTuple):
     until: datetime | None = None
 
 
-class Release(NamedTuple):
+class Release(msgspec.Struct, frozen=True, gc=False):
     """Give the run back: this process is leaving, or needs to be alone."""
 
 
-class Cancel(NamedTuple):
+class Cancel(msgspec.Struct, frozen=True, gc=False):
     """End the run as cancelled."""
 
 
-class Recorded(NamedTuple):
-    """One record, as the replay and as the database take it."""
-
-    record: Record
-    row: RecordRow
-
-
-class Turn(NamedTuple):
+class Turn(msgspec.Struct, frozen=True, gc=False):
     """What to do next, what has to be durable before, and whether it is."""
 
     decision: Decision | Park | Release | Cancel
-    records: tuple[Recorded, ...] = ()
+    records: tuple[Record, ...] = ()
     wait_seconds: float = 0.0
     written: bool = False
 
@@ -65,13 +58,12 @@ class Standing:
 
     def __init__(self, claim: Claim, history: list[Record], claimed_at: float) -> None:
         self.claim = claim
-        self.run = str(claim.run_id)
         self.history = history
         self.facts = RunFacts(
             id=claim.run_id,
             workflow=claim.name,
             created_at=claim.created_at,
-            seed=self.run,
+            seed=claim.run_id,
             epoch=claim.epoch,
             labels={} if claim.labels is None else msgspec.json.decode(claim.labels),
         )
@@ -94,11 +86,14 @@ class Standing:
 
     def executions(self, step: DoStep) -> list[Record]:
         """Return the executions of this epoch that did not complete the call."""
+        if not step.earlier:
+            return []
         return [r for r in step.earlier if r.epoch == self.claim.epoch and r.outcome != VOIDED]
 
-    def idempotency_key(self, path: Path) -> str:
-        """Return what stays the same over all executions of a call."""
-        return f"{self.run}:{dotted(path)}"
+    @property
+    def returned(self) -> bool:
+        """Tell whether the call that the claim came with may have been begun, or waited for, by an earlier claim."""
+        return self.interrupted or self._due_at is not None
 
     @property
     def fence(self) -> int:
@@ -109,9 +104,8 @@ class Standing:
 
     def now(self) -> datetime:
         """Return the database's time, carried on by the monotonic clock; never before the last record."""
-        elapsed = timedelta(0, 0, int((time.monotonic() - self._claimed_at) * 1e6))
-        now = self.claim.now + elapsed
-        return max(now, self._last_at)
+        elapsed = timedelta(0, time.monotonic() - self._claimed_at)
+        return max(self._last_at, self.claim.now + elapsed)
 
     def remaining(self) -> float | None:
         """Return the seconds until the run's deadline, None if it has none."""
@@ -119,8 +113,7 @@ class Standing:
 
     def deadline_passed(self) -> Fail | None:
         """Return the end of the run when its deadline has passed."""
-        remaining = self.remaining()
-        if remaining is None or remaining > 0:
+        if self._deadline is None or self._deadline > time.monotonic():
             return None
         return Fail(encode_fault(DeadlineExceeded("the run's deadline has passed")))
 
@@ -143,24 +136,15 @@ class Standing:
         *,
         value: str | None = None,
         error: dict[str, Any] | None = None,
-    ) -> Recorded:
+    ) -> Record:
         """Record an execution of a step: `n` 0 for the final outcome."""
-        return self._record(
-            step.path,
-            n,
-            "step",
-            step.step.name,
-            outcome,
-            value=value,
-            error=error,
-            fingerprint=step.fingerprint,
-        )
+        return self._record(step.path, n, "step", step.step.name, outcome, value, error, step.fingerprint)
 
-    def record_interruption(self, step: DoStep, error: dict[str, Any] | None = None) -> Recorded:
+    def record_interruption(self, step: DoStep, error: dict[str, Any] | None = None) -> Record:
         """Record that an execution never answered."""
         return self.record_step(step, len(self.executions(step)) + 1, "interrupted", error=error)
 
-    def record_sleep(self, path: Path) -> Recorded:
+    def record_sleep(self, path: Path) -> Record:
         """Record that a sleep is over."""
         return self._record(path, 0, "sleep", "sleep", "completed")
 
@@ -171,32 +155,28 @@ class Standing:
         kind: str,
         name: str,
         outcome: str,
-        *,
         value: str | None = None,
         error: dict[str, Any] | None = None,
         fingerprint: int | None = None,
-    ) -> Recorded:
+    ) -> Record:
         at = self._last_at = self.now()
-        claim = self.claim
-        record = Record(
-            path, n, kind, name, outcome, value, error, fingerprint, at, self._seq + 1, claim.epoch
+        return Record(
+            path, n, kind, name, outcome, value, error, fingerprint, at, self._seq + 1, self.claim.epoch
         )
-        raw = None if value is None else msgspec.Raw(value.encode())
-        row = RecordRow(
-            task=claim.task, run_id=self.run, epoch=claim.epoch, path=path, n=n, kind=kind, name=name,
-            outcome=outcome, at=at, value=raw, error=error, fingerprint=fingerprint,
-        )  # fmt: skip
-        return Recorded(record, row)
 
     # -- writing
 
-    def writing(self, turn: Turn, *, starts_unwritten: bool = False) -> Writing | None:
-        """Return what has to be written for a turn; None for a step that `starts_unwritten` and has no records."""
-        match turn.decision:
-            case DoStep() as step:
-                if not turn.records and (starts_unwritten or self.doing == step.path):
-                    return None
-                return self.move(turn, step.path)
+    def writing(self, turn: Turn) -> Writing | None:
+        """Return what has to be written for a turn; None for a step that may start without.
+
+        Only a careful step is moved to before it starts: it matters whether it had started.
+        """
+        decision = turn.decision
+        if type(decision) is DoStep:  # first of all, and cheaper than a match
+            if not turn.records and (not decision.step.is_careful or self.doing == decision.path):
+                return None
+            return self.move(turn, decision.path)
+        match decision:
             case Park() as park:
                 return self._transition("park", turn, doing=park.path, delay=park.seconds, until=park.until)
             case Release():
@@ -209,10 +189,10 @@ class Standing:
                 return self._ending(turn, "blocked", error={**block.error, "reason": block.reason})
             case Cancel():
                 return self._ending(turn, "cancelled")
-            case Sleep():
-                raise AssertionError("a sleep is prepared before it is written")
+            case Sleep() | DoStep():
+                raise AssertionError("a sleep is prepared before it is written, a step was seen to above")
             case _:
-                assert_never(turn.decision)
+                assert_never(decision)
 
     def move(self, turn: Turn, path: Path) -> Writing:
         """Return the transition that keeps the claim, at `path`."""
@@ -224,7 +204,7 @@ class Standing:
         self._seq += len(writing.records)
         self.interrupted = False
         self._due_at = None
-        self.history.extend(each.record for each in turn.records)
+        self.history.extend(turn.records)
         if writing.transition.doing is not None:
             self.doing = tuple(writing.transition.doing)
 
@@ -236,15 +216,25 @@ class Standing:
         doing: Path | None = None,
         delay: float | None = None,
         until: datetime | None = None,
-        rows: tuple[RecordRow, ...] = (),
+        ended: Record | None = None,
         end: EndRow | None = None,
     ) -> Writing:
         claim = self.claim
+        rows = [self._row(record) for record in turn.records]
+        if ended is not None:
+            rows.append(self._row(ended))
         transition = Transition(
-            task=claim.task, attempt=claim.attempt, position=self._position, run_id=self.run, epoch=claim.epoch,
-            then=then, doing=doing, delay=delay, until=until, wakeups=claim.wakeups,
+            claim.task, claim.attempt, self._position, claim.run_id, claim.epoch, then, claim.wakeups, doing,
+            delay, until,
         )  # fmt: skip
-        return Writing(transition, (*(each.row for each in turn.records), *rows), end)
+        return Writing(transition, rows, end)
+
+    def _row(self, record: Record) -> RecordRow:
+        value = None if record.value is None else msgspec.Raw(record.value.encode())
+        return RecordRow(
+            self.claim.task, self.claim.run_id, record.epoch, record.path, record.n, record.kind, record.name,
+            record.outcome, record.at, value, record.error, record.fingerprint,
+        )  # fmt: skip
 
     def _ending(
         self,
@@ -256,5 +246,5 @@ class Standing:
     ) -> Writing:
         claim = self.claim
         ended = self._record((), 0, "run", claim.name, state, error=error)
-        end = EndRow(task=claim.task, run_id=self.run, state=state, output=output, error=error)
-        return self._transition("finish", turn, rows=(ended.row,), end=end)
+        end = EndRow(claim.task, claim.run_id, state, output, error)
+        return self._transition("finish", turn, ended=ended, end=end)

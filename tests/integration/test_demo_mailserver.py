@@ -282,7 +282,7 @@ def as_execution(server: Server, monkeypatch: pytest.MonkeyPatch, execution: int
     monkeypatch.setenv("STEPWELL_DEMO_SMTP", f"127.0.0.1:{server.port}")
     monkeypatch.setenv("STEPWELL_DEMO_MAILDIR", str(server.maildir.path))
     facts = RunFacts(RUN, "welcome_lead", datetime(2026, 11, 1, tzinfo=UTC), "seed")
-    with executing(facts, StepInfo(RUN, (1,), execution, f"{RUN}:1", 5)):
+    with executing(facts, StepInfo(RUN, (1,), execution, 5)):
         yield
 
 

@@ -303,7 +303,7 @@ def test_two_flushes_with_the_same_tasks_in_opposite_order_do_not_deadlock(lab: 
     # The gate holds the row with the lower id: whoever locked in the order of its batch would hold the other.
     gate.execute("select from stepwell.tasks where id = %s for update", [one.task])
     with (
-        meanwhile(lambda: worker.on(first).flush(*reversed([w._replace() for w in writings]))) as backwards,
+        meanwhile(lambda: worker.on(first).flush(*reversed(writings))) as backwards,
         meanwhile(lambda: lab.wait_for_lock(first)) as first_waits,
     ):
         first_waits.result()

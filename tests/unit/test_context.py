@@ -25,7 +25,7 @@ from worker.context import (
 from worker.decisions import Finish
 from worker.definitions import collecting, step, workflow
 
-STEP = StepInfo(run_id=FACTS.id, path=(3,), execution=1, idempotency_key=f"{FACTS.id}:3", fence=1)
+STEP = StepInfo(run_id=FACTS.id, path=(3,), execution=1, fence=1)
 
 
 class TestOutsideOfARun:
