@@ -76,9 +76,7 @@ class Held:
             self.task, self.run, self.claim.epoch, (), 0, "run", self.claim.name, state, datetime.now(UTC), error=error
         )  # fmt: skip
         raw = msgspec.Raw(output.encode()) if output is not None and error is None else None
-        return self._writing(
-            "finish", (*records, ended), end=EndRow(self.task, self.run, state, raw, error)
-        )
+        return self._writing("finish", (*records, ended), end=EndRow(self.task, self.run, state, raw, error))
 
     def _writing(
         self, then: Then, records: Sequence[RecordRow], end: EndRow | None = None, **more: Any

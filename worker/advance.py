@@ -286,7 +286,9 @@ class Advance:
 
     async def _verified(self, call: Call, timeout: float | None) -> Outcome:
         verified = await self._means.executor.verify(call, timeout)
-        return await self._means.executor.execute(call, timeout) if isinstance(verified, NotDone) else verified
+        return (
+            await self._means.executor.execute(call, timeout) if isinstance(verified, NotDone) else verified
+        )
 
     def _call(self, step: DoStep) -> Call:
         standing = self._standing

@@ -212,6 +212,7 @@ class Engine:
         if left:
             logger.warning("%d executions do not let themselves be cancelled and are left behind", len(left))
         self._executor.close()
+        metrics.hand_over()
         for part in (self._transactions, self._doorbell, self._claimant, self._committer):
             await part.close()
 
@@ -283,7 +284,7 @@ class Engine:
         histories = await self._claimant.histories(known) if known else {}
         for claim in runs:
             if claim.waited is not None:
-                metrics.CLAIM_WAIT.observe(max(0.0, claim.waited))
+                metrics.claim_wait.observe(max(0.0, claim.waited))
             advance = Advance(
                 claim, self._registry.workflows[claim.name], histories.get(claim.run_id, []), self._means, now
             )
@@ -408,6 +409,7 @@ class Engine:
             metrics.LOOP_LAG.observe(max(0.0, time.monotonic() - started - 0.5))
             self._turns += 1
             self._count_slots()
+            metrics.hand_over()
 
 
 def _flush_rows(settings: Settings) -> int:

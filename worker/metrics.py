@@ -1,7 +1,7 @@
 """What the worker processes count and time, as prometheus_client objects.
 
 The names are those of the metrics without their prefix, so that call sites read as sentences:
-``metrics.CLAIMS.inc(3)``. `prometheus_client` decides at its first import, by ``PROMETHEUS_MULTIPROC_DIR``,
+``metrics.CLAIMS.inc(3)``. What is timed for each step or run goes through a `Tally`. `prometheus_client` decides at its first import, by ``PROMETHEUS_MULTIPROC_DIR``,
 whether values live in memory or in files that every process of a supervisor shares; the supervisor's
 command sets the variable before it imports this module, and its children inherit it. Without it (a test,
 a REPL) the objects count in memory and nobody serves them.
@@ -13,7 +13,11 @@ must be exact (``stepwell_runs_total``, ``stepwell_steps_total``) are counted by
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter as Counted
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -71,13 +75,48 @@ for _detector in ("obituary", "lost_lock", "lease"):
     RECLAIMS.labels(_detector)
 
 
-@cache
-def step_seconds(step: str) -> Histogram:
-    """Return the histogram of one step; looking it up by its label costs more than observing."""
-    return STEP_SECONDS.labels(step)
+class Tally:
+    """Observations of one histogram, handed over in bulk.
+
+    Observing them one by one takes a tenth of what a worker spends on a run of short steps. Used in one thread.
+    """
+
+    def __init__(self, histogram: Histogram) -> None:
+        self._histogram = histogram
+        self._seen: list[float] = []
+        self.observe: Callable[[float], None] = self._seen.append
+        _tallies.append(self)
+
+    def hand_over(self) -> None:
+        """Observe what was seen since the last time: as `Histogram.observe` does, with one addition for each bucket."""
+        histogram: Any = self._histogram
+        if self._seen:
+            bounds = histogram._upper_bounds  # noqa: SLF001 - theirs has no way to add many; a test compares
+            for bucket, count in Counted(bisect_left(bounds, value) for value in self._seen).items():
+                histogram._buckets[bucket].inc(count)  # noqa: SLF001 - as above
+            histogram._sum.inc(sum(self._seen))  # noqa: SLF001 - as above
+            self._seen.clear()
+
+
+_tallies: list[Tally] = []
+
+
+def hand_over() -> None:
+    """Hand over what all tallies of this process have seen."""
+    for tally in _tallies:
+        tally.hand_over()
+
+
+claim_wait = Tally(CLAIM_WAIT)
 
 
 @cache
-def run_seconds(workflow: str) -> Histogram:
-    """Return the histogram of one workflow."""
-    return RUN_SECONDS.labels(workflow)
+def step_seconds(step: str) -> Tally:
+    """Return the tally of one step."""
+    return Tally(STEP_SECONDS.labels(step))
+
+
+@cache
+def run_seconds(workflow: str) -> Tally:
+    """Return the tally of one workflow."""
+    return Tally(RUN_SECONDS.labels(workflow))
