@@ -392,8 +392,16 @@ async def retry_connecting_async(
     operation: Callable[[], Awaitable[T]], *, give_up_after_seconds: float | None
 ) -> T:
     """Await `operation()`, repeating it as `retry_connecting` does. Cancelling ends a wait at once."""
+    try:
+        return await operation()  # nearly always; tenacity's own work would show in every flush
+    except Exception as error:
+        if not is_disconnect(error):
+            raise
+        failed: list[Exception] = [error]
 
-    async def attempt() -> T:  # tenacity would not await what a plain function returns
+    async def attempt() -> T:
+        if failed:
+            raise failed.pop()
         return await operation()
 
     retrying = tenacity.AsyncRetrying(stop=_stop_after(give_up_after_seconds), **_POLICY)

@@ -209,7 +209,8 @@ class Claimant:
                 connection = await self._connected()
                 try:
                     cursor = await connection.execute(statement, parameters, prepare=True, binary=True)
-                    return await cursor.fetchall() if cursor.description else []
+                    answered = cursor.pgresult is not None and cursor.pgresult.nfields
+                    return await cursor.fetchall() if answered else []
                 except psycopg.Error as error:
                     if is_disconnect(error) or not is_transient(error):
                         raise

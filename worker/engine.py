@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -289,32 +290,30 @@ class Engine:
                 claim, self._registry.workflows[claim.name], histories.get(claim.run_id, []), self._means, now
             )
             self._flying[claim.task] = advance
-            self._spawn(self._advance(advance))
+            self._spawn(advance.run()).add_done_callback(functools.partial(self._landed, advance))
         for claim in claims:
             if claim.kind == "wake":
-                self._spawn(self._wake(claim))
+                self._spawn(self._wake(claim)).add_done_callback(self._tasks.discard)
         self._starting = set()
         self._count_slots()
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Any) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        return task
 
-    async def _advance(self, advance: Advance) -> None:
-        try:
-            await advance.run()
-        except Exception:
+    def _landed(self, advance: Advance, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
             # The run stays claimed; the audit will find the stray and release it.
-            logger.exception("an advance failed", extra={"run_id": str(advance.claim.run_id)})
-        finally:
-            if self._flying.get(advance.claim.task) is advance:
-                del self._flying[advance.claim.task]
-            if advance.parked:
-                self._caretaker.poke()
-            if not self._flying:
-                self._count_slots()
-            self._changed.set()
+            logger.error("an advance failed", exc_info=error, extra={"run_id": str(advance.claim.run_id)})
+        if self._flying.get(advance.claim.task) is advance:
+            del self._flying[advance.claim.task]
+        if advance.parked:
+            self._caretaker.poke()
+        if not self._flying:
+            self._count_slots()
+        self._changed.set()
 
     async def _wake(self, claim: Claim) -> None:
         await self._committer.commit(
