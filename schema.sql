@@ -633,9 +633,9 @@ create type stepwell.transition_v1 as (
 -- Write down what happened, for many tasks in one transaction. Answers for each transition, in order:
 --   0 fenced · 1 applied · 2 already applied before (a resend) · plus 4 when the run is to be cancelled.
 --
--- records: what happened, [{i, task, run_id, epoch, k, path, n, kind, name, fingerprint, outcome, value,
---          error, at}], k = 1, 2, … within the transition
--- ends:    [{i, task, run_id, state, output, error}]
+-- records: what happened, [{i, k, path, n, kind, name, fingerprint, outcome, value, error, at}]: i is the
+--          transition that it belongs to, k = 1, 2, … within that
+-- ends:    [{i, state, output, error}]
 --
 -- 1. lock own and target task rows in order of id (any other order deadlocks two flushes);
 -- 2. test the fence in a new statement, which sees what the lock waited for (I8);
@@ -682,7 +682,7 @@ begin
 
     -- A resend whose row went on or is gone: the history knows whether it was applied (I10).
     if 0 = any (verdicts) or 4 = any (verdicts) then
-        for known in select recorded_v1(me, flush_v1.records) loop
+        for known in select recorded_v1(me, items, flush_v1.records) loop
             if verdicts[known] % 4 = 0 then
                 verdicts[known] := 2;
             end if;
@@ -691,12 +691,13 @@ begin
 
     with written as (
         insert into outbox (run_id, epoch, path, n, seq, kind, name, fingerprint, outcome, value, error, worker, at)
-        select r.run_id, r.epoch, r.path, r.n, t.seq + r.k, r.kind, r.name, r.fingerprint, r.outcome, r.value, r.error,
+        select x.run_id, x.epoch, r.path, r.n, t.seq + r.k, r.kind, r.name, r.fingerprint, r.outcome, r.value, r.error,
                me, r.at
         from json_to_recordset(records) as r (
-                i int, task bigint, run_id uuid, epoch int, k int, path int[], n int, kind text, name text,
-                fingerprint bigint, outcome text, value json, error json, at timestamptz)
-        join tasks t on t.id = any (locking) and t.id = r.task
+                i int, k int, path int[], n int, kind text, name text, fingerprint bigint, outcome text,
+                value json, error json, at timestamptz)
+        join unnest(items) x on x.i = r.i
+        join tasks t on t.id = any (locking) and t.id = x.task
         where verdicts[r.i] % 4 = 1
         returning kind, name, outcome)
     insert into counters as c (shard, kind, name, outcome, value)
@@ -735,9 +736,10 @@ begin
         update runs r
         set state = e.state, output = e.output, error = e.error, finished_at = clock_timestamp(),
             started_at = coalesce(r.started_at, t.started_at)
-        from json_to_recordset(ends) as e (i int, task bigint, run_id uuid, state text, output json, error json)
-        join tasks t on t.id = any (locking) and t.id = e.task
-        where r.id = any (closing) and r.id = e.run_id and verdicts[e.i] % 4 = 1;
+        from json_to_recordset(ends) as e (i int, state text, output json, error json)
+        join unnest(items) x on x.i = e.i
+        join tasks t on t.id = any (locking) and t.id = x.task
+        where r.id = any (closing) and r.id = x.run_id and verdicts[e.i] % 4 = 1;
         delete from tasks t
         where t.id = any (array(select x.task from unnest(items) x where x.then = 'finish' and verdicts[x.i] % 4 = 1));
     end if;
@@ -753,17 +755,17 @@ begin
 end
 $$;
 
--- Part of flush_v1: the transitions of which the history holds a record that this worker wrote. One pass over the
--- records: asked for one transition after the other, a resent batch of 500 took seconds.
-create function stepwell.recorded_v1(me bigint, records json) returns setof int
+-- Part of flush_v1: the transitions of which the history holds a record as this worker wrote it, at that moment: one
+-- of the same call that a later claim of this worker wrote is not a resend. One pass over the records: asked for one transition after the other, a resent batch of 500 took seconds.
+create function stepwell.recorded_v1(me bigint, items stepwell.transition_v1[], records json) returns setof int
     language sql stable
     set search_path = pg_catalog, stepwell, pg_temp
     set enable_seqscan = off set enable_bitmapscan = off set jit = off
 as $$
     select distinct r.i
-    from json_to_recordset(records) as r (i int, run_id uuid, epoch int, path int[], n int)
-    where me = (select o.worker from stepwell.outbox o
-                where o.run_id = r.run_id and o.epoch = r.epoch and o.path = r.path and o.n = r.n)
+    from json_to_recordset(records) as r (i int, path int[], n int, at timestamptz) join unnest(items) x on x.i = r.i
+    where (me, r.at) = (select o.worker, o.at from stepwell.outbox o
+                        where o.run_id = x.run_id and o.epoch = x.epoch and o.path = r.path and o.n = r.n)
 $$;
 
 -- Part of flush_v1: apply cancellations and delete their wake tasks. The target rows are locked. A run that a

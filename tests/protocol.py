@@ -49,7 +49,7 @@ class Held:
     ) -> RecordRow:
         """Return the record of an execution of a step."""
         return RecordRow(
-            self.task, self.run, self.claim.epoch, path, n, "step", more.pop("name", "send"), outcome,
+            path, n, "step", more.pop("name", "send"), outcome,
             datetime.now(UTC), value=None if value is None else msgspec.Raw(value.encode()), **more,
         )  # fmt: skip
 
@@ -73,10 +73,10 @@ class Held:
         """Return the end of the run: its record comes after the others."""
         error = None if state == "succeeded" else {"type": "E", "message": "it ended"}
         ended = RecordRow(
-            self.task, self.run, self.claim.epoch, (), 0, "run", self.claim.name, state, datetime.now(UTC), error=error
+            (), 0, "run", self.claim.name, state, datetime.now(UTC), error=error
         )  # fmt: skip
         raw = msgspec.Raw(output.encode()) if output is not None and error is None else None
-        return self._writing("finish", (*records, ended), end=EndRow(self.task, self.run, state, raw, error))
+        return self._writing("finish", (*records, ended), end=EndRow(state, raw, error))
 
     def _writing(
         self, then: Then, records: Sequence[RecordRow], end: EndRow | None = None, **more: Any

@@ -175,7 +175,7 @@ class Advance:
         self._standing.applied(turn, writing)
         if writing.end is not None:
             metrics.run_seconds(self.claim.name).observe(self._standing.seconds())
-            log_end(self.claim.name, writing.end)
+            log_end(self.claim.run_id, self.claim.name, writing.end)
         self.parked = writing.transition.then == "park"
         if writing.transition.then != "move":
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from uuid import UUID
 
 from outbox.codec import encode_fault
 from worker.decisions import Block, DoStep
@@ -12,12 +13,12 @@ from worker.transitions import EndRow
 logger = logging.getLogger(__name__)
 
 
-def log_end(workflow: str, end: EndRow) -> None:
+def log_end(run_id: UUID, workflow: str, end: EndRow) -> None:
     """Log an end that is not the good one, by the type of its error: the message may hold payload."""
     if end.state in ("failed", "blocked"):
         level = logging.ERROR if end.state == "blocked" else logging.INFO  # an error needs a person
         kind = (end.error or {}).get("type", "no error")
-        logger.log(level, "run %s of %s %s: %s", end.run_id, workflow, _IS[end.state], kind)
+        logger.log(level, "run %s of %s %s: %s", run_id, workflow, _IS[end.state], kind)
 
 
 _IS = {"failed": "has failed", "blocked": "is blocked"}

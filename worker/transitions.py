@@ -22,11 +22,11 @@ ROW_BYTES = 400
 
 
 class RecordRow(msgspec.Struct, omit_defaults=True, gc=False):
-    """One row for the outbox, as `flush_v1` reads it. `i` and `k` are set when it is sent."""
+    """One row for the outbox, as `flush_v1` reads it. `i` and `k` are set when it is sent.
 
-    task: int
-    run_id: UUID
-    epoch: int
+    `i` is the place of the transition that it belongs to, which says of which run and epoch it is.
+    """
+
     path: Sequence[int]
     n: int
     kind: str
@@ -41,10 +41,8 @@ class RecordRow(msgspec.Struct, omit_defaults=True, gc=False):
 
 
 class EndRow(msgspec.Struct, omit_defaults=True, gc=False):
-    """How a run ends, as `flush_v1` reads it."""
+    """How the run of transition `i` ends, as `flush_v1` reads it."""
 
-    task: int
-    run_id: UUID
     state: EndState
     output: msgspec.Raw | None = None
     error: dict[str, Any] | None = None

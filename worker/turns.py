@@ -220,21 +220,14 @@ class Standing:
         end: EndRow | None = None,
     ) -> Writing:
         claim = self.claim
-        rows = [self._row(record) for record in turn.records]
+        rows = [_row(record) for record in turn.records]
         if ended is not None:
-            rows.append(self._row(ended))
+            rows.append(_row(ended))
         transition = Transition(
             claim.task, claim.attempt, self._position, claim.run_id, claim.epoch, then, claim.wakeups, doing,
             delay, until,
         )  # fmt: skip
         return Writing(transition, rows, end)
-
-    def _row(self, record: Record) -> RecordRow:
-        value = None if record.value is None else msgspec.Raw(record.value.encode())
-        return RecordRow(
-            self.claim.task, self.claim.run_id, record.epoch, record.path, record.n, record.kind, record.name,
-            record.outcome, record.at, value, record.error, record.fingerprint,
-        )  # fmt: skip
 
     def _ending(
         self,
@@ -246,5 +239,13 @@ class Standing:
     ) -> Writing:
         claim = self.claim
         ended = self._record((), 0, "run", claim.name, state, error=error)
-        end = EndRow(claim.task, claim.run_id, state, output, error)
+        end = EndRow(state, output, error)
         return self._transition("finish", turn, ended=ended, end=end)
+
+
+def _row(record: Record) -> RecordRow:
+    value = None if record.value is None else msgspec.Raw(record.value.encode())
+    return RecordRow(
+        record.path, record.n, record.kind, record.name, record.outcome, record.at, value, record.error,
+        record.fingerprint,
+    )  # fmt: skip

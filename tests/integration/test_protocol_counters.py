@@ -32,10 +32,9 @@ def test_what_is_counted_is_what_is_recorded(lab: Lab) -> None:
         one.record(2, n=1, outcome="failed", value=None),
         one.record(2, n=2, outcome="interrupted"),
     ]
-    worker.flush(
-        one.move(*records, doing=(2,)), two.finish(two.record(1, name="other")), stale.finish(stale.record(1))
-    )
-    assert worker.flush(two.finish(two.record(1, name="other"))) == [ALREADY]
+    finish = two.finish(two.record(1, name="other"))
+    worker.flush(one.move(*records, doing=(2,)), finish, stale.finish(stale.record(1)))
+    assert worker.flush(finish) == [ALREADY]
     worker.apply(waiting, waiting.park())
     assert lab.cancel(waiting.run)
     worker.apply_wakes()

@@ -294,6 +294,17 @@ def updates_of_tasks(db: Db) -> tuple[int, int]:
     return row[0], row[1]
 
 
+def test_a_stale_claim_does_not_take_the_records_of_its_workers_next_claim_for_its_own(lab: Lab) -> None:
+    lab.enqueue(1)
+    worker = lab.worker()
+    (stale,) = worker.claim()
+    late = stale.finish(stale.record(1))
+    assert worker.flush(stale.release()) == [APPLIED]
+    (current,) = worker.claim()
+    assert worker.flush(current.finish(current.record(1))) == [APPLIED]
+    assert worker.flush(late) == [FENCED]
+
+
 def test_two_flushes_with_the_same_tasks_in_opposite_order_do_not_deadlock(lab: Lab) -> None:
     lab.enqueue(2)
     worker = lab.worker()

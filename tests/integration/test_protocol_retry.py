@@ -85,11 +85,11 @@ def test_of_two_retries_at_once_one_opens_the_run(lab: Lab) -> None:
 def test_the_claimant_of_the_epoch_before_is_fenced(lab: Lab) -> None:
     (run,) = lab.enqueue()
     worker = lab.worker()
-    held = end(worker)
-    resend = held.finish(state="failed")
-    resend.transition.position -= 1
+    held = worker.take()
+    sent = held.finish(state="failed")
+    worker.apply(held, sent)
     assert lab.retry(run) == 1
-    assert worker.flush(resend) == [ALREADY]
+    assert worker.flush(sent) == [ALREADY]
     assert lab.worker().flush(held.move(held.record(9))) == [FENCED]
     assert worker.flush(held.move(held.record(9))) == [FENCED]
     assert lab.state(run) == "waiting"
