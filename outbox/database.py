@@ -1,4 +1,4 @@
-"""Open connections: the only module that does. Also what keeps them alive, and what to do when they break.
+"""Open connections; only `outbox.pools` does so beside it. Also what keeps them alive, and what to do when they break.
 
 Every connection made here
   - gives up on a silent peer within about ten seconds (TCP keepalives, `tcp_user_timeout`), and has the
@@ -27,7 +27,7 @@ import tenacity
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import TupleRow
 from psycopg.types.string import TextBinaryLoader, TextLoader
-from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolClosed
+from psycopg_pool import PoolClosed
 
 from outbox import embedded
 from outbox.errors import ConfigError
@@ -193,7 +193,7 @@ def connect(
     )
     try:
         connection.execute(load("session_settings"))
-        _adapt(connection, json_as_text)
+        adapt(connection, json_as_text)
         connection.autocommit = autocommit
     except BaseException:
         connection.close()
@@ -215,7 +215,7 @@ async def connect_async(
     )
     try:
         await connection.execute(load("session_settings"))
-        _adapt(connection, json_as_text)
+        adapt(connection, json_as_text)
         await connection.set_autocommit(autocommit)
     except BaseException:
         await connection.close()
@@ -256,93 +256,11 @@ def _is_misread(given: dict[str, Any]) -> bool:
     )
 
 
-def _adapt(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any], json_as_text: bool) -> None:
+def adapt(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any], json_as_text: bool) -> None:
+    """Have a connection read `json` as the text that was stored, if wanted."""
     if json_as_text:
         connection.adapters.register_loader("json", TextLoader)
         connection.adapters.register_loader("json", TextBinaryLoader)
-
-
-# -- pools -------------------------------------------------------------------------------------------
-
-
-def pool(
-    url: str,
-    *,
-    application_name: str,
-    max_size: int,
-    autocommit: bool = True,
-    prepare_threshold: int | None = PREPARE_AFTER,
-    json_as_text: bool = True,
-    wait_seconds: float = 30.0,
-) -> ConnectionPool[psycopg.Connection[TupleRow]]:
-    """Return a pool, not yet open, of at most `max_size` connections like those of `connect`.
-
-    A connection is tested as it is handed out (one round trip): after a restart of the database a caller
-    waits for about a second instead of failing. `wait_seconds` bounds the wait for one (PoolTimeout).
-    """
-
-    def configure(connection: psycopg.Connection[TupleRow]) -> None:
-        connection.execute(load("session_settings"))
-        _adapt(connection, json_as_text)
-        connection.autocommit = autocommit
-
-    def check(connection: psycopg.Connection[TupleRow]) -> None:
-        try:
-            ConnectionPool.check_connection(connection)
-        except psycopg.Error:
-            created.check()  # the pool waits longer after each broken one: let it meet no other
-            raise
-
-    created = ConnectionPool(
-        parameters(url, application_name),
-        kwargs={"autocommit": True, "prepare_threshold": prepare_threshold},
-        configure=configure,
-        check=check,
-        min_size=0,
-        max_size=max_size,
-        timeout=wait_seconds,
-        name=application_name,
-        open=False,
-    )
-    return created  # pyright: ignore[reportReturnType]  # the class is the default one
-
-
-def async_pool(
-    url: str,
-    *,
-    application_name: str,
-    max_size: int,
-    autocommit: bool = True,
-    prepare_threshold: int | None = PREPARE_AFTER,
-    json_as_text: bool = True,
-    wait_seconds: float = 30.0,
-) -> AsyncConnectionPool[psycopg.AsyncConnection[TupleRow]]:
-    """Return an asynchronous pool, not yet open; see `pool`."""
-
-    async def configure(connection: psycopg.AsyncConnection[TupleRow]) -> None:
-        await connection.execute(load("session_settings"))
-        _adapt(connection, json_as_text)
-        await connection.set_autocommit(autocommit)
-
-    async def check(connection: psycopg.AsyncConnection[TupleRow]) -> None:
-        try:
-            await AsyncConnectionPool.check_connection(connection)
-        except psycopg.Error:
-            await created.check()
-            raise
-
-    created = AsyncConnectionPool(
-        parameters(url, application_name),
-        kwargs={"autocommit": True, "prepare_threshold": prepare_threshold},
-        configure=configure,
-        check=check,
-        min_size=0,
-        max_size=max_size,
-        timeout=wait_seconds,
-        name=application_name,
-        open=False,
-    )
-    return created  # pyright: ignore[reportReturnType]  # the class is the default one
 
 
 # -- lost connections --------------------------------------------------------------------------------
@@ -377,13 +295,25 @@ def retry_connecting(
     Waits double from 0.05 to 2 seconds, with jitter. `give_up_after_seconds=None` repeats for ever; when
     the time is up or `stopping` is set, the last error is raised. Any other error is raised at once.
     """
+    try:
+        return operation()  # nearly always; tenacity's own work would show in every statement
+    except Exception as error:
+        if not is_disconnect(error):
+            raise
+        failed: list[Exception] = [error]
+
+    def attempt() -> T:
+        if failed:
+            raise failed.pop()
+        return operation()
+
     event = stopping or threading.Event()
     retrying = tenacity.Retrying(
         stop=_stop_after(give_up_after_seconds) | tenacity.stop_when_event_set(event),
         sleep=tenacity.sleep_using_event(event),
         **_POLICY,
     )
-    result = retrying(operation)
+    result = retrying(attempt)
     _report_recovery(retrying)
     return result
 
@@ -393,7 +323,7 @@ async def retry_connecting_async(
 ) -> T:
     """Await `operation()`, repeating it as `retry_connecting` does. Cancelling ends a wait at once."""
     try:
-        return await operation()  # nearly always; tenacity's own work would show in every flush
+        return await operation()  # nearly always, as above
     except Exception as error:
         if not is_disconnect(error):
             raise

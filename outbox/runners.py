@@ -25,7 +25,7 @@ from psycopg.errors import DeadlockDetected, SerializationFailure
 from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from outbox import database, schema
+from outbox import database, pools, schema
 from outbox.errors import ConfigError
 from outbox.settings import Settings
 from outbox.statements import Statement
@@ -44,9 +44,10 @@ APPLICATION_NAME = "stepwell client"
 GIVE_UP_SECONDS = 30.0
 POOL_WAIT_SECONDS = 10.0
 
-_CONFLICTS: dict[str, Any] = {
-    "retry": tenacity.retry_if_exception_type((DeadlockDetected, SerializationFailure)),
-    "stop": tenacity.stop_after_attempt(5),
+_CONFLICTS = (DeadlockDetected, SerializationFailure)
+_REPEATING: dict[str, Any] = {
+    "retry": tenacity.retry_if_exception_type(_CONFLICTS),
+    "stop": tenacity.stop_after_attempt(4),
     "wait": tenacity.wait_random(0, 0.05),
     "reraise": True,
 }
@@ -166,7 +167,7 @@ def _new_pool(settings: Settings) -> Pool:
     url = database.url_of(settings)
     with database.connect(url, application_name=APPLICATION_NAME) as connection:
         schema.check(connection)
-    pool = database.pool(
+    pool = pools.pool(
         url, application_name=APPLICATION_NAME, max_size=settings.connections, wait_seconds=POOL_WAIT_SECONDS
     )
     pool.open()
@@ -177,7 +178,7 @@ async def _new_async_pool(settings: Settings) -> AsyncPool:
     url = database.url_of(settings)
     async with await database.connect_async(url, application_name=APPLICATION_NAME) as connection:
         await schema.check_async(connection)
-    pool = database.async_pool(
+    pool = pools.async_pool(
         url, application_name=APPLICATION_NAME, max_size=settings.connections, wait_seconds=POOL_WAIT_SECONDS
     )
     await pool.open()
@@ -185,10 +186,16 @@ async def _new_async_pool(settings: Settings) -> AsyncPool:
 
 
 def _execute(connection: psycopg.Connection[TupleRow], statement: Statement[T]) -> T:
-    result: T = tenacity.Retrying(**_CONFLICTS)(execute, connection, statement)
-    return result
+    try:
+        return execute(connection, statement)
+    except _CONFLICTS:
+        result: T = tenacity.Retrying(**_REPEATING)(execute, connection, statement)
+        return result
 
 
 async def _execute_async(connection: psycopg.AsyncConnection[TupleRow], statement: Statement[T]) -> T:
-    result: T = await tenacity.AsyncRetrying(**_CONFLICTS)(execute_async, connection, statement)
-    return result
+    try:
+        return await execute_async(connection, statement)
+    except _CONFLICTS:
+        result: T = await tenacity.AsyncRetrying(**_REPEATING)(execute_async, connection, statement)
+        return result

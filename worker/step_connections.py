@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import psycopg
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from outbox import database
+from outbox import database, pools
 from worker.kinds import TransactionKind
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class _Place(NamedTuple):
 
 class _Psycopg:
     def __init__(self, place: _Place) -> None:
-        self._pool: ConnectionPool[Any] = database.pool(
+        self._pool: ConnectionPool[Any] = pools.pool(
             place.url, application_name=place.name, max_size=place.limit, autocommit=False, json_as_text=False
         )
         self._pool.open()
@@ -135,7 +135,7 @@ class _Psycopg:
 
 class _AsyncPsycopg:
     def __init__(self, place: _Place) -> None:
-        self._pool: AsyncConnectionPool[Any] = database.async_pool(
+        self._pool: AsyncConnectionPool[Any] = pools.async_pool(
             place.url, application_name=place.name, max_size=place.limit, autocommit=False, json_as_text=False
         )
         self._opening = asyncio.Lock()

@@ -16,16 +16,15 @@ from psycopg.rows import TupleRow
 
 from outbox import database
 from outbox.database import (
-    async_pool,
     connect,
     connect_async,
     is_disconnect,
     parameters,
-    pool,
     retry_connecting,
     retry_connecting_async,
 )
 from outbox.errors import ConfigError
+from outbox.pools import async_pool, pool
 from tests.postgres import Cluster
 from tests.waiting import wait_until
 
