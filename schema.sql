@@ -542,9 +542,7 @@ returns table (
 as $$
 #variable_conflict use_column
 declare
-    ids  bigint[];
-    got  bigint[];
-    free int := at_most;
+    ids     bigint[];
     of_runs uuid[];
 begin
     perform 1 from workers w where w.id = me and w.dead_at is null for key share;
@@ -563,18 +561,17 @@ begin
             where t.state = 'suspect' and t.queue = on_queue and t.name = any (known)
             limit 1 for update skip locked);
     else
-        for g in 0..19 loop
-            exit when free <= 0;
-            select array_agg(p.id) into got
-            from (select t.id from tasks t
+        -- One group after the other, each along its own part of the index, until there are enough: a nested loop is
+        -- the only way to run this, and row locks are taken as rows are pulled.
+        select ids || array_agg(p.id) into ids
+        from (select c.id
+              from generate_series(0, 19) g
+              cross join lateral (
+                  select t.id from tasks t
                   where t.state = 'ready' and t.queue = on_queue and t.priority = g / 2 and t.fresh = (g % 2 = 1)
                     and t.turn >= floors[g + 1] and t.name = any (known)
-                  order by t.turn limit free for update skip locked) p;
-            if got is not null then
-                ids := ids || got;
-                free := free - cardinality(got);
-            end if;
-        end loop;
+                  order by t.turn limit at_most for update skip locked) c
+              limit at_most) p;
     end if;
 
     if coalesce(cardinality(ids), 0) = 0 then
