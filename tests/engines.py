@@ -24,8 +24,8 @@ from outbox.database import connect_async, retry_connecting_async
 from outbox.settings import Settings
 from tests.waiting import wait_until_async
 from worker.definitions import Registry, Workflow
-from worker.engine import Engine
-from worker.transitions import Writing
+from worker.engine.engine import Engine
+from worker.engine.transitions import Writing
 
 T = TypeVar("T")
 
@@ -384,8 +384,8 @@ async def until(condition: Callable[[], Awaitable[T | None]], timeout: float = 1
 
 def keep_house_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have strays, unknown names and suspects noticed in a moment instead of in seconds."""
-    monkeypatch.setattr("worker.caretaker.HOUSEKEEPING_SECONDS", 0.1)
-    monkeypatch.setattr("worker.caretaker.TICK_SECONDS", 0.1)
+    monkeypatch.setattr("worker.engine.caretaker.HOUSEKEEPING_SECONDS", 0.1)
+    monkeypatch.setattr("worker.engine.caretaker.TICK_SECONDS", 0.1)
 
 
 def counted(name: str) -> float:

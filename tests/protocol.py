@@ -1,6 +1,6 @@
 """The claimants' protocol, call by call, for tests that attack it: workers without a process, on connections of their own.
 
-What a `Worker` sends goes through `worker.transitions`, so the wire format is the product's. Every statement is a
+What a `Worker` sends goes through `worker.engine.transitions`, so the wire format is the product's. Every statement is a
 transaction of its own unless the connection is in one (`lab.connection(autocommit=False)`).
 """
 
@@ -20,9 +20,9 @@ from psycopg.rows import TupleRow
 
 from outbox.database import connect
 from tests.waiting import wait_until
-from worker.claims import Claim
+from worker.engine.claims import Claim
+from worker.engine.transitions import EndRow, EndState, RecordRow, Then, Transition, Writing, encode
 from worker.queries import load
-from worker.transitions import EndRow, EndState, RecordRow, Then, Transition, Writing, encode
 
 Db = psycopg.Connection[TupleRow]
 T = TypeVar("T")

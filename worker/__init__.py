@@ -10,7 +10,7 @@ A workflow is a plain function and the plan; a step is a function with effects, 
 from outbox.errors import Cancelled, Permanent, RetryAfter, StepFailed
 from worker.context import StepInfo, current_run, current_step, now, random, sleep, sleep_until, uuid, wait
 from worker.definitions import NOT_DONE, Step, Workflow, step, transaction, workflow
-from worker.records import RunFacts
+from worker.replay.records import RunFacts
 from worker.retries import RetryPolicy, retrying
 
 __all__ = [

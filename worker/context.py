@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import msgspec
 
 from outbox.errors import ConfigError
-from worker.records import dotted
+from worker.replay.records import dotted
 
 if TYPE_CHECKING:
     from worker.definitions import Step
-    from worker.records import Path, RunFacts
+    from worker.replay.records import Path, RunFacts
 
 T = TypeVar("T")
 

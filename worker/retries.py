@@ -18,7 +18,7 @@ from tenacity.asyncio.retry import async_retry_base
 from tenacity.retry import retry_base
 
 from outbox.errors import ConfigError, Permanent, RetryAfter
-from worker.records import Record
+from worker.replay.records import Record
 
 log = logging.getLogger(__name__)
 

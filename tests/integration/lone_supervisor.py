@@ -9,8 +9,8 @@ import sys
 
 from outbox.settings import Settings
 from tests.integration.supervising import SCRIPTED
-from worker.pipe import LOG_FORMAT
-from worker.supervisor import Supervisor
+from worker.supervision.pipe import LOG_FORMAT
+from worker.supervision.supervisor import Supervisor
 
 
 async def main(url: str, settings: str, app: str, processes: str, real: str = "") -> int:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from outbox.database import connect
-from worker.pipe import (
+from worker.engine.vitals import Vitals
+from worker.supervision.pipe import (
     DEAD,
     EXIT_CONFIG,
     EXIT_DECLARED_DEAD,
@@ -25,7 +26,6 @@ from worker.pipe import (
     beat_line,
     complaint_line,
 )
-from worker.vitals import Vitals
 
 EVERY_SECONDS = 0.05
 

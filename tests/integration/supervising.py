@@ -19,8 +19,8 @@ from psycopg.rows import TupleRow
 
 from outbox.settings import Settings
 from tests.waiting import wait_until_async
-from worker.liveness import Detector
-from worker.supervisor import Event, Supervisor
+from worker.supervision.liveness import Detector
+from worker.supervision.supervisor import Event, Supervisor
 
 until = partial(wait_until_async, timeout=30)
 """Starting a process takes its time on a busy machine."""

@@ -24,7 +24,7 @@ from worker.context import StepInfo, executing
 from worker.demo import workflows
 from worker.demo.maildir import Maildir, Message
 from worker.demo.workflows import Lead, send_welcome
-from worker.records import RunFacts
+from worker.replay.records import RunFacts
 
 RUN = UUID("0193f0aa-0000-7000-8000-000000000001")
 NAME = f"{RUN}_1"

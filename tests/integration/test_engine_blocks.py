@@ -15,11 +15,11 @@ import pytest_asyncio
 from tests.effects import Gate
 from tests.engines import Lab, Run, counted, keep_house_often
 from worker import sleep, step, workflow
-from worker.advance import Advance
-from worker.decisions import DoStep
 from worker.definitions import Registry, Workflow, collecting
-from worker.execution import Outcome
-from worker.turns import Turn
+from worker.engine.advance import Advance
+from worker.engine.turns import Turn
+from worker.replay.decisions import DoStep
+from worker.steps.execution import Outcome
 
 
 @pytest_asyncio.fixture

@@ -15,7 +15,7 @@ from tests.effects import Gate, two_steps
 from tests.engines import Lab, keep_house_often, until
 from worker import step, workflow
 from worker.definitions import Registry, Workflow, collecting
-from worker.engine import Engine
+from worker.engine.engine import Engine
 
 
 @pytest_asyncio.fixture

@@ -19,7 +19,7 @@ from tests.engines import Lab, Running, keep_house_often, until
 from tests.waiting import wait_until_async
 from worker import sleep, step, workflow
 from worker.definitions import Workflow, collecting
-from worker.transitions import Writing
+from worker.engine.transitions import Writing
 
 
 @pytest_asyncio.fixture
@@ -230,7 +230,7 @@ async def test_a_run_whose_very_end_is_refused_neither_spins_nor_is_executed_aga
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep_house_often(monkeypatch)
-    monkeypatch.setattr("worker.advance.UNWRITABLE_SECONDS", 0.3)
+    monkeypatch.setattr("worker.engine.advance.UNWRITABLE_SECONDS", 0.3)
     sending = Sending()
     run = await lab.enqueue(sending.flow, {"n": 1})
     await lab.execute(
@@ -371,7 +371,7 @@ async def test_an_error_of_the_server_loses_no_record(
     lab: Lab, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step that must not be executed twice is not, although the disk was full when it was to be recorded."""
-    monkeypatch.setattr("worker.committer.REFUSED_SECONDS", 0.05)
+    monkeypatch.setattr("worker.engine.committer.REFUSED_SECONDS", 0.05)
     await lab.execute("create sequence attempts")
     await lab.execute(
         "create function refuse() returns trigger language plpgsql as $$ begin"

@@ -12,8 +12,8 @@ from tests.effects import Gate, two_steps
 from tests.engines import Lab, counted, keep_house_often
 from tests.waiting import wait_until_async
 from worker import step, workflow
-from worker.claims import DeclaredDead
 from worker.definitions import collecting
+from worker.engine.claims import DeclaredDead
 
 
 @pytest_asyncio.fixture
@@ -131,7 +131,7 @@ async def test_a_drain_ends_although_a_step_refuses_to_be_cancelled(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever swallows a cancellation for ever must not hold the process."""
-    monkeypatch.setattr("worker.engine.CUT_SECONDS", 0.2)
+    monkeypatch.setattr("worker.engine.engine.CUT_SECONDS", 0.2)
     gate = Gate()
     with collecting() as registry:
 
@@ -214,7 +214,7 @@ async def test_a_stop_ends_a_drain_that_takes_too_long(lab: Lab) -> None:
 async def test_a_stop_ends_at_once_although_the_step_cleans_up_slowly(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.engine.CUT_SECONDS", 0.2)
+    monkeypatch.setattr("worker.engine.engine.CUT_SECONDS", 0.2)
     gate, cleaning = Gate(), asyncio.Event()
     with collecting() as registry:
 

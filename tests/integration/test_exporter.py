@@ -23,8 +23,8 @@ from outbox.database import connect
 from outbox.errors import ConfigError
 from tests.postgres import Cluster
 from tests.waiting import wait_until
-from worker.exporter import Exporter
-from worker.metric_files import VARIABLE, ProcessFiles, shared_directory
+from worker.telemetry.exporter import Exporter
+from worker.telemetry.files import VARIABLE, ProcessFiles, shared_directory
 
 Db = psycopg.Connection[Any]
 WORKER = 4711
@@ -295,7 +295,7 @@ def test_slots_of_living_processes_are_added_up(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-c",
-        f"from worker import metrics\nmetrics.SLOTS.labels('busy').set(7)\n{waiting}",
+        f"from worker.telemetry import metrics\nmetrics.SLOTS.labels('busy').set(7)\n{waiting}",
     ]
     environment = {**os.environ, VARIABLE: str(tmp_path)}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment}
@@ -323,7 +323,7 @@ def test_a_file_that_is_just_being_created_does_not_break_a_scrape(tmp_path: Pat
 
 def test_the_shared_directory_goes_with_its_supervisor_and_killed_ones_are_swept() -> None:
     code = (
-        "import os, signal\nfrom worker.metric_files import shared_directory\n"
+        "import os, signal\nfrom worker.telemetry.files import shared_directory\n"
         "with shared_directory() as directory:\n"
         "    (directory / 'counter_1.db').touch()\n    print(directory, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -17,9 +17,9 @@ from outbox.database import connect, connect_async
 from outbox.settings import Settings
 from tests.postgres import Cluster
 from tests.waiting import wait_until_async
-from worker import liveness
-from worker.liveness import Detector, Sighting, Undertaker, reclaim, sightings
 from worker.queries import load
+from worker.supervision import liveness
+from worker.supervision.liveness import Detector, Sighting, Undertaker, reclaim, sightings
 
 Db = psycopg.Connection[TupleRow]
 Adb = psycopg.AsyncConnection[TupleRow]

@@ -20,7 +20,7 @@ from tests.integration.supervising import (
     wait_for_workers,
     workers,
 )
-from worker import process
+from worker.supervision import process
 
 APP = """
 import asyncio, ctypes, os, subprocess, time

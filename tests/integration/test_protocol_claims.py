@@ -9,8 +9,8 @@ import psycopg
 import pytest
 
 from tests.protocol import APPLIED, CANCELLING, NO_FLOORS, Db, Lab, Worker, meanwhile
-from worker import claims
-from worker.claims import Claimant
+from worker.engine import claims
+from worker.engine.claims import Claimant
 
 # -- how many (I2) -----------------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ import psycopg
 import pytest
 
 from tests.protocol import APPLIED, CANCELLING, Db, Held, Lab, Worker, meanwhile
+from worker.engine.transitions import Writing, encode
 from worker.queries import load
-from worker.transitions import Writing, encode
 
 CANARY = "c4n4ry"
 

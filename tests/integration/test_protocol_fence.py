@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 from tests.protocol import ALREADY, APPLIED, FENCED, Db, Held, Lab, Worker, meanwhile
-from worker.transitions import Transition, Writing
+from worker.engine.transitions import Transition, Writing
 
 # -- the fence ---------------------------------------------------------------------------------------
 

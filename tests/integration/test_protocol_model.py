@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 )
 
 from tests.protocol import ALREADY, APPLIED, CANCELLING, FENCED, Held, Lab, Worker
-from worker.transitions import Writing
+from worker.engine.transitions import Writing
 
 POISON_AFTER = 2
 WORKERS = 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.protocol import ALREADY, FENCED, Held, Lab, Worker, meanwhile
-from worker.transitions import EndState
+from worker.engine.transitions import EndState
 
 BAD_ENDS: tuple[EndState, ...] = ("failed", "cancelled", "blocked")
 

@@ -8,7 +8,7 @@ from uuid import UUID
 import pytest
 
 from tests.protocol import APPLIED, CANCELLING, FENCED, Held, Lab, Worker, meanwhile
-from worker.transitions import Writing
+from worker.engine.transitions import Writing
 
 TOLD = APPLIED + CANCELLING
 

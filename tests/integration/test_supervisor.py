@@ -27,7 +27,7 @@ from tests.integration.supervising import (
     workers,
 )
 from tests.postgres import Cluster
-from worker import children, supervisor
+from worker.supervision import children, supervisor
 
 # -- children ----------------------------------------------------------------------------------------
 

@@ -9,11 +9,11 @@ from typing import Any
 from uuid import UUID
 
 from outbox.codec import encode, encode_fault
-from worker.decisions import Block, Decision, DoStep, Fail, Finish, Sleep
 from worker.definitions import Workflow
-from worker.guards import UNGUARDED, Guard
-from worker.records import Record, RunFacts
-from worker.replay import Replay
+from worker.replay.decisions import Block, Decision, DoStep, Fail, Finish, Sleep
+from worker.replay.driver import Replay
+from worker.replay.guards import UNGUARDED, Guard
+from worker.replay.records import Record, RunFacts
 
 CREATED = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 FACTS = RunFacts(UUID(int=7), "a workflow", CREATED, "seed")

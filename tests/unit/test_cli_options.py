@@ -98,7 +98,7 @@ def test_help_and_version_import_no_engine() -> None:
     code = (
         "import sys\nfrom click.testing import CliRunner\nfrom worker.cli import main\n"
         "for option in ('--help', '--version'):\n    assert CliRunner().invoke(main, [option]).exit_code == 0\n"
-        "print([name for name in ('worker.engine', 'worker.supervisor', 'prometheus_client') if name in sys.modules])\n"
+        "print([name for name in ('worker.engine.engine', 'worker.supervision.supervisor', 'prometheus_client') if name in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

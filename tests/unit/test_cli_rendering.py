@@ -12,8 +12,8 @@ from rich.console import Console, RenderableType
 
 from outbox import faults
 from outbox.history import HistoryRecord, RunInfo, TaskInfo
-from worker import replay
 from worker.cli.rendering import console, run_table, run_view
+from worker.replay import driver as replay
 
 START = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 RUN = UUID("0193a000-0000-7000-8000-000000000001")
@@ -135,7 +135,7 @@ def test_a_run_that_a_step_ended_shows_the_trace_of_the_step() -> None:
 
 
 def test_a_trace_leaves_out_our_own_frames() -> None:
-    ours = (replay.__file__, "/other/site-packages/worker/replay.py", faults.__file__)
+    ours = (replay.__file__, "/other/site-packages/worker/replay/driver.py", faults.__file__)
     text = failed_view(trace_of(*ours, "/app/worker/body.py", ours[1]))
     assert [line for line in text.splitlines() if "File" in line] == [
         '  File "/app/worker/body.py", line 3, in f'

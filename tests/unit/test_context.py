@@ -22,8 +22,8 @@ from worker.context import (
     uuid,
     wait,
 )
-from worker.decisions import Finish
 from worker.definitions import collecting, step, workflow
+from worker.replay.decisions import Finish
 
 STEP = StepInfo(run_id=FACTS.id, path=(3,), execution=1, fence=1)
 

@@ -14,7 +14,6 @@ from sqlalchemy.orm import Session
 
 from outbox.errors import ConfigError
 from tests.unit.drives import Run
-from worker.decisions import Block
 from worker.definitions import (
     NOT_DONE,
     Registry,
@@ -26,6 +25,7 @@ from worker.definitions import (
     transaction,
     workflow,
 )
+from worker.replay.decisions import Block
 from worker.retries import retrying
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from sqlalchemy.orm import Session
 
 from outbox.errors import ConfigError
 from tests.unit.drives import Run
-from worker.decisions import Fail, Finish
 from worker.definitions import (
     Registry,
     TransactionKind,
@@ -24,6 +23,7 @@ from worker.definitions import (
     transaction,
     workflow,
 )
+from worker.replay.decisions import Fail, Finish
 
 if TYPE_CHECKING:
     from decimal import Decimal as OnlyForTheChecker

@@ -2,7 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram
 
-from worker.metrics import Tally
+from worker.telemetry.metrics import Tally
 
 BUCKETS = (0.001, 0.01, 0.1, 1.0)
 SECONDS = st.one_of(st.sampled_from([0.0, *BUCKETS]), st.floats(0, 1000))

@@ -6,7 +6,7 @@ import pytest
 
 from outbox.errors import HistoryMismatch
 from tests.unit.drives import record
-from worker.records import VOIDED, Record, dotted, visible
+from worker.replay.records import VOIDED, Record, dotted, visible
 
 FAULT = {"type": "ValueError", "message": "x"}
 

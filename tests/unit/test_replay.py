@@ -11,8 +11,8 @@ import pytest
 from outbox.errors import PayloadError, Permanent, StepFailed
 from tests.unit.drives import Run, record
 from worker.context import sleep, wait
-from worker.decisions import Block, Fail, Finish, Sleep
 from worker.definitions import collecting, step, workflow
+from worker.replay.decisions import Block, Fail, Finish, Sleep
 
 
 @pytest.fixture(autouse=True)

@@ -17,11 +17,11 @@ import pytest
 
 from outbox.errors import HistoryMismatch, NotDeterministic, Suspended
 from tests.unit.drives import FACTS, Run, execute, record
-from worker import bodies
 from worker.context import current_drive, sleep, wait
-from worker.decisions import Block, DoStep, Finish, Sleep
 from worker.definitions import collecting, step, workflow
-from worker.replay import Replay
+from worker.replay import bodies
+from worker.replay.decisions import Block, DoStep, Finish, Sleep
+from worker.replay.driver import Replay
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,9 @@ import pytest
 
 from tests.unit.drives import FACTS, Run, record
 from worker.context import sleep
-from worker.decisions import Block, DoStep, Finish
 from worker.definitions import collecting, step, workflow
-from worker.replay import Replay
+from worker.replay.decisions import Block, DoStep, Finish
+from worker.replay.driver import Replay
 
 
 @pytest.fixture(autouse=True)

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from outbox.errors import StepFailed
 from tests.unit.drives import Run, record
 from worker.context import now, random, sleep, uuid, wait
-from worker.decisions import Block, DoStep, Sleep
 from worker.definitions import collecting, step, workflow
-from worker.records import visible
-from worker.sandbox import Sandbox
+from worker.engine.sandbox import Sandbox
+from worker.replay.decisions import Block, DoStep, Sleep
+from worker.replay.records import visible
 
 Op = list[Any]
 

@@ -10,8 +10,8 @@ import pytest
 
 from tests.unit.drives import CREATED, FACTS, Run
 from worker.context import current_run, now, random, sleep, sleep_until, uuid
-from worker.decisions import Finish, Sleep
 from worker.definitions import collecting, workflow
+from worker.replay.decisions import Finish, Sleep
 
 
 @pytest.fixture(autouse=True)

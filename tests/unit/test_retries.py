@@ -22,7 +22,7 @@ from tenacity import (
 
 from outbox.errors import ConfigError, Permanent, RetryAfter
 from tests.unit.drives import CREATED, record
-from worker.records import VOIDED
+from worker.replay.records import VOIDED
 from worker.retries import Failure, Retry, RetryPolicy, Stop, failures_of, retrying
 
 ERROR = ConnectionError("reset")

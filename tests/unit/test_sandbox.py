@@ -21,9 +21,9 @@ import pytest
 from outbox.errors import Suspended
 from tests.unit.drives import Run
 from worker.context import current_drive, sleep, wait
-from worker.decisions import Block, Finish
 from worker.definitions import collecting, step, workflow
-from worker.sandbox import Sandbox
+from worker.engine.sandbox import Sandbox
+from worker.replay.decisions import Block, Finish
 
 SANDBOX = Sandbox()
 

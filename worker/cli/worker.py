@@ -15,11 +15,11 @@ import click
 from outbox.settings import Settings
 from worker.cli.connecting import database
 from worker.cli.options import database_option, duration
-from worker.metric_files import shared_directory
-from worker.pipe import LOG_FORMAT
+from worker.supervision.pipe import LOG_FORMAT
+from worker.telemetry.files import shared_directory
 
 if TYPE_CHECKING:
-    from worker.supervisor import Supervisor
+    from worker.supervision.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def worker(
         # First of all: prometheus_client decides where values live when it is imported, which supervisors do.
         directory = stack.enter_context(shared_directory()) if metrics_port is not None else None
         url = stack.enter_context(database(settings))
-        from worker.supervisor import Supervisor
+        from worker.supervision.supervisor import Supervisor
 
         supervisor = Supervisor(
             settings,
@@ -83,7 +83,7 @@ def worker(
             on_reclaim=_count_reclaim,
         )
         if directory is not None and metrics_port is not None:
-            from worker.exporter import Exporter
+            from worker.telemetry.exporter import Exporter
 
             exporter = Exporter(
                 url,
@@ -101,7 +101,7 @@ def worker(
 
 
 def _count_reclaim(detector: str, _tasks: int) -> None:
-    from worker import metrics
+    from worker.telemetry import metrics
 
     metrics.RECLAIMS.labels(detector).inc()
 

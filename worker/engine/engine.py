@@ -4,9 +4,9 @@ Tasks of one event loop, no threads that wait:
 
 - *claiming* takes as many tasks as there are free slots (I2), starts an `Advance` for each, and looks idle when
   there is nothing: producers then ring (I1), and a lost ring costs one poll;
-- *committing* is `worker.committer`;
+- *committing* is `worker.engine.committer`;
 - *listening* turns a ring into a wake-up of the claim loop;
-- *caring* is `worker.caretaker`: due timers, audit, names that nobody knows.
+- *caring* is `worker.engine.caretaker`: due timers, audit, names that nobody knows.
 
 It guarantees what the claims and the fence guarantee, and that a stop leaves nothing behind that the next claimant
 would not find. `drain` stops claiming, gives runs back at their next step, lets executions end up to the grace
@@ -34,18 +34,18 @@ from psycopg import AsyncConnection
 
 from outbox import database
 from outbox.settings import Settings
-from worker import metrics
-from worker.advance import Advance, Means
-from worker.caretaker import Caretaker
-from worker.claims import Claim, Claimant
-from worker.committer import Committer
-from worker.doorbell import Doorbell
-from worker.execution import Executor
+from worker.engine.advance import Advance, Means
+from worker.engine.caretaker import Caretaker
+from worker.engine.claims import Claim, Claimant
+from worker.engine.committer import Committer
+from worker.engine.doorbell import Doorbell
+from worker.engine.sandbox import Sandbox
+from worker.engine.transitions import Transition, Writing
+from worker.engine.vitals import Vitals
 from worker.registry import Registry
-from worker.sandbox import Sandbox
-from worker.transactions import Transactions
-from worker.transitions import Transition, Writing
-from worker.vitals import Vitals
+from worker.steps.execution import Executor
+from worker.steps.transactions import Transactions
+from worker.telemetry import metrics
 
 logger = logging.getLogger(__name__)
 

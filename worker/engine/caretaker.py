@@ -11,9 +11,9 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 
-from worker.claims import Claimant, Stray
-from worker.committer import Committer
-from worker.transitions import Transition, Writing
+from worker.engine.claims import Claimant, Stray
+from worker.engine.committer import Committer
+from worker.engine.transitions import Transition, Writing
 
 TICK_SECONDS = 1.0
 """The longest pause between two looks at the timers. A new timer of this process, or a ring, ends it sooner."""

@@ -1,4 +1,4 @@
-"""What is switched off around a body: the shape that `worker.sandbox` fills, so that a replay imports no loop."""
+"""What is switched off around a body: the shape that `worker.engine.sandbox` fills, so that a replay imports no loop."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from outbox.settings import Settings
-from worker.vitals import Vitals
+from worker.engine.vitals import Vitals
 
 FD_VARIABLE = "STEPWELL_SUPERVISOR_FD"
 """Names the inherited end of the socket pair in a child's environment; the child removes it."""

@@ -28,10 +28,10 @@ import psycopg
 from psycopg import AsyncConnection
 
 from outbox.database import is_disconnect, retry_connecting_async
-from worker import metrics
+from outbox.transient import is_bad_data, is_conflict
+from worker.engine.transitions import Receipt, Verdict, Writing, encode, receipt_of
 from worker.queries import load
-from worker.transient import is_bad_data, is_conflict
-from worker.transitions import Receipt, Verdict, Writing, encode, receipt_of
+from worker.telemetry import metrics
 
 logger = logging.getLogger(__name__)
 

@@ -1,37 +1,21 @@
-"""What a worker process says of itself, and what whoever watches it makes of that. Pure: time is an argument.
+"""What whoever watches a worker process makes of what it says of itself. Pure: time is an argument.
 
 The supervisor watches its children by these rules, and every supervisor the workers of the others (see
-`worker.liveness`). Both judge by changes that they have seen themselves on their own monotonic clock, never by
+`worker.supervision.liveness`). Both judge by changes that they have seen themselves on their own monotonic clock, never by
 time stamps that somebody else wrote.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 
 from outbox.settings import Settings
+from worker.engine.vitals import Vitals
 
 LOOK_SECONDS = 0.25
 """How often a supervisor looks at each of its children."""
 LONGEST_GAP_SECONDS = 1.0
 """What a gap between two such looks counts at most."""
-
-
-@dataclass(frozen=True, slots=True)
-class Vitals:
-    """The counters of one worker process; a beat carries them to the supervisor.
-
-    `loop` grows with the engine's own loop, `flushes` with each flush that came back; `pending` transitions
-    wait for one. `claiming` is true from registration until drain, `connected` while the database answers.
-    """
-
-    loop: int
-    flushes: int
-    pending: int
-    connected: bool
-    claiming: bool
-    in_flight: int
 
 
 class Unchanged:

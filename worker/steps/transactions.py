@@ -27,12 +27,21 @@ from typing import Any, NamedTuple
 from psycopg.pq import TransactionStatus
 
 from outbox import database
+from outbox.transient import is_bad_data, is_conflict, is_transient
 from worker.context import executing
-from worker.execution import Call, CutShort, Executor, Raised, Returned, TimedOut, awaited, uninterrupted
 from worker.kinds import TransactionKind
 from worker.queries import load
-from worker.step_connections import Sources
-from worker.transient import is_bad_data, is_conflict, is_transient
+from worker.steps.connections import Sources
+from worker.steps.execution import (
+    Call,
+    CutShort,
+    Executor,
+    Raised,
+    Returned,
+    TimedOut,
+    awaited,
+    uninterrupted,
+)
 
 _OPENING = "select set_config('stepwell.canary', %s, true), pg_current_xact_id()::text"
 _FATE = "select pg_xact_status(%s::xid8)"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from outbox.errors import HistoryMismatch
-from worker.frames import calling_line
-from worker.records import VOIDED, Path, Record, dotted
+from worker.replay.frames import calling_line
+from worker.replay.records import VOIDED, Path, Record, dotted
 
 
 class Cursor:

@@ -1,7 +1,7 @@
 """Serve /metrics, /healthz and /readyz: one port for all processes of a supervisor.
 
 Two sources meet in one answer. What the processes count comes from the files that they share
-(`worker.metric_files`). What the database knows (exact totals, the depth of the queues, its health) comes
+(`worker.telemetry.files`). What the database knows (exact totals, the depth of the queues, its health) comes
 from `DatabaseMetrics`, and is exported once, however many supervisors run: by the one whose session holds
 the exporter's advisory lock. The lock goes with its session, so another takes over within five seconds
 of the end of a supervisor, and at once when it is scraped.
@@ -40,8 +40,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from outbox import schema
 from outbox.database import connect
 from outbox.errors import ConfigError, StepwellError
-from worker.metric_files import ProcessFiles
 from worker.queries import load
+from worker.telemetry.files import ProcessFiles
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
@@ -277,7 +277,7 @@ def _counter(
 class Exporter:
     """The HTTP server of one supervisor. Enter it to serve; leaving it, `stop`, is safe twice.
 
-    `directory` is what `worker.metric_files.shared_directory` gave. `not_ready` says, in sentences, what keeps
+    `directory` is what `worker.telemetry.files.shared_directory` gave. `not_ready` says, in sentences, what keeps
     the workers from claiming; it is called from a request's thread and must not block. `port` 0 takes a free one.
     """
 

@@ -26,18 +26,29 @@ import msgspec
 from outbox.codec import encode_fault
 from outbox.errors import HistoryMismatch
 from outbox.settings import Settings
-from worker import metrics
-from worker.claims import Claim
-from worker.committer import Committer
 from worker.context import StepInfo
-from worker.decisions import Block, Decision, DoStep, Sleep
 from worker.definitions import Step, Workflow
-from worker.execution import Answered, Call, CutShort, Executor, NotDone, Outcome, Raised, TimedOut, uncancel
-from worker.records import Record, visible
-from worker.replay import Guard, Replay
-from worker.reports import bug, ended_transaction, held, log_end, refused
+from worker.engine.claims import Claim
+from worker.engine.committer import Committer
+from worker.engine.reports import bug, ended_transaction, held, log_end, refused
+from worker.engine.transitions import Receipt, Verdict, Writing, encode, receipt_of
+from worker.engine.turns import Cancel, Park, Release, Standing, Turn
+from worker.replay.decisions import Block, Decision, DoStep, Sleep
+from worker.replay.driver import Guard, Replay
+from worker.replay.records import Record, visible
 from worker.retries import Retry, failures_of
-from worker.transactions import (
+from worker.steps.execution import (
+    Answered,
+    Call,
+    CutShort,
+    Executor,
+    NotDone,
+    Outcome,
+    Raised,
+    TimedOut,
+    uncancel,
+)
+from worker.steps.transactions import (
     Committed,
     Documents,
     EndedByStep,
@@ -47,8 +58,7 @@ from worker.transactions import (
     Transactions,
     Uncertain,
 )
-from worker.transitions import Receipt, Verdict, Writing, encode, receipt_of
-from worker.turns import Cancel, Park, Release, Standing, Turn
+from worker.telemetry import metrics
 
 logger = logging.getLogger(__name__)
 

@@ -37,12 +37,12 @@ import psycopg
 from outbox.database import connect_async
 from outbox.errors import ConfigError, SchemaError
 from outbox.settings import Settings
-from worker import children
-from worker.children import Backoff, Child, Exit
-from worker.heartbeat import Heartbeat
-from worker.liveness import Detector, Undertaker, Verdict
-from worker.pipe import EXIT_CONFIG, EXIT_DRAINED, Briefing
-from worker.vitals import Vitals
+from worker.engine.vitals import Vitals
+from worker.supervision import children
+from worker.supervision.children import Backoff, Child, Exit
+from worker.supervision.heartbeat import Heartbeat
+from worker.supervision.liveness import Detector, Undertaker, Verdict
+from worker.supervision.pipe import EXIT_CONFIG, EXIT_DRAINED, Briefing
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ import msgspec
 
 from outbox.codec import encode_fault
 from outbox.errors import DeadlineExceeded
-from worker.claims import Claim
-from worker.decisions import Block, Decision, DoStep, Fail, Finish, Sleep
-from worker.records import VOIDED, Path, Record, RunFacts
-from worker.transitions import EndRow, EndState, RecordRow, Then, Transition, Writing
+from worker.engine.claims import Claim
+from worker.engine.transitions import EndRow, EndState, RecordRow, Then, Transition, Writing
+from worker.replay.decisions import Block, Decision, DoStep, Fail, Finish, Sleep
+from worker.replay.records import VOIDED, Path, Record, RunFacts
 
 DEADLINE_MARGIN_SECONDS = 0.05
 """Added to a wait that a deadline cuts, so that the deadline has passed for certain when it ends."""

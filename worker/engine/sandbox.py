@@ -28,7 +28,7 @@ from typing import Any, NoReturn, cast
 
 from outbox.errors import NotDeterministic, Suspended
 from worker.context import Drive, current_drive
-from worker.frames import calling_line, library_call, passes_through
+from worker.replay.frames import calling_line, library_call, passes_through
 
 _FORBIDDEN = frozenset(
     {

@@ -1,6 +1,6 @@
 """One child of a supervisor: spawned, briefed, watched, and gone.
 
-A child is a process that runs `worker.process`; its end of a socket pair tells it what to do and shows it when
+A child is a process that runs `worker.supervision.process`; its end of a socket pair tells it what to do and shows it when
 its supervisor dies. It stays in the supervisor's process group, so that job control works on the whole, and
 leaves Ctrl-C to the supervisor.
 
@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from worker.pipe import (
+from worker.engine.vitals import Vitals
+from worker.supervision.pipe import (
     DEAD,
     EXIT_DECLARED_DEAD,
     FD_VARIABLE,
@@ -33,7 +34,7 @@ from worker.pipe import (
     Complaint,
     read_message,
 )
-from worker.vitals import LOOK_SECONDS, Vitals, Watchdog
+from worker.supervision.watchdog import LOOK_SECONDS, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ def command() -> list[str]:
     Safe-path mode and the explicit directory keep a `worker.py` or `outbox.py` where the user works from hiding
     ours.
     """
-    home = str(Path(__file__).resolve().parents[1])
-    code = f"import sys; sys.path.insert(0, {home!r}); from worker.process import main; sys.exit(main())"
+    home = str(Path(__file__).resolve().parents[2])
+    code = f"import sys; sys.path.insert(0, {home!r}); from worker.supervision.process import main; sys.exit(main())"
     return [sys.executable, "-P", "-c", code]
 
 

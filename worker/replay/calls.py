@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from worker.definitions import Step
-    from worker.replay import Replay
+    from worker.replay.driver import Replay
 
 
 class Call:

@@ -27,9 +27,10 @@ from psycopg.errors import InsufficientPrivilege, InvalidSchemaName, UndefinedFu
 
 from outbox.errors import ConfigError, SchemaError
 from worker.apps import load_app
-from worker.claims import DeclaredDead
-from worker.engine import Engine
-from worker.pipe import (
+from worker.engine.claims import DeclaredDead
+from worker.engine.engine import Engine
+from worker.registry import Registry
+from worker.supervision.pipe import (
     BEAT_SECONDS,
     DEAD,
     EXIT_CONFIG,
@@ -44,7 +45,6 @@ from worker.pipe import (
     beat_line,
     complaint_line,
 )
-from worker.registry import Registry
 
 logger = logging.getLogger(__name__)
 

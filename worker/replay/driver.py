@@ -25,14 +25,14 @@ from greenlet import GreenletExit, getcurrent, greenlet  # type: ignore[import-u
 
 from outbox.codec import decode_fault, encode_fault, fingerprint
 from outbox.errors import HistoryMismatch, NotDeterministic, PayloadError, Suspended
-from worker import bodies
-from worker.calls import Call, SleepCall, StepCall
 from worker.context import current_drive
-from worker.cursor import Cursor, described, mismatch
-from worker.decisions import Block, Decision, DoStep, Drift, Fail, Finish, Sleep
-from worker.frames import awaiting_line, calling_line
-from worker.guards import UNGUARDED, Guard
-from worker.records import Path, Record, RunFacts, dotted, visible
+from worker.replay import bodies
+from worker.replay.calls import Call, SleepCall, StepCall
+from worker.replay.cursor import Cursor, described, mismatch
+from worker.replay.decisions import Block, Decision, DoStep, Drift, Fail, Finish, Sleep
+from worker.replay.frames import awaiting_line, calling_line
+from worker.replay.guards import UNGUARDED, Guard
+from worker.replay.records import Path, Record, RunFacts, dotted, visible
 
 if TYPE_CHECKING:
     from worker.definitions import Step, Workflow

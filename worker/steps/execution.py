@@ -23,7 +23,7 @@ import msgspec
 from outbox.errors import PayloadError
 from worker.context import StepInfo, executing
 from worker.definitions import NOT_DONE, Step
-from worker.records import Path, RunFacts
+from worker.replay.records import Path, RunFacts
 
 T = TypeVar("T")
 

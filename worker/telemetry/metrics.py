@@ -8,7 +8,7 @@ a REPL) the objects count in memory and nobody serves them.
 
 Files may lose what a killed process had not written, so these are good for rates and latencies. Totals that
 must be exact (``stepwell_runs_total``, ``stepwell_steps_total``) are counted by the database instead; see
-`worker.exporter`.
+`worker.telemetry.exporter`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from worker.records import Path, Record
+from worker.replay.records import Path, Record
 
 if TYPE_CHECKING:
     from worker.definitions import Step

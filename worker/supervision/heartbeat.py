@@ -3,7 +3,7 @@
 One connection, used by one task only (`run`), in ticks: some a second, and one at once when a child is adopted
 or has exited. A tick takes the locks that are still missing and gives back those that are not needed any more,
 beats for all children in one statement when that is due, and looks at all workers. After a lost connection the locks are taken again before the
-first beat, and the observation starts anew (see `worker.liveness`).
+first beat, and the observation starts anew (see `worker.supervision.liveness`).
 
 Whatever goes wrong on the connection has one remedy, a new one, for ever: a server that restarts, a failover
 that leaves us on a read-only node, a permission that is missing for a while. Only the first connection may
@@ -25,8 +25,8 @@ from outbox.database import LONGEST_WAIT_SECONDS, retry_connecting_async
 from outbox.errors import SchemaError
 from outbox.schema import CLAIMANT_FUNCTIONS, check_async
 from outbox.settings import Settings
-from worker.liveness import Observer, Verdict, sightings
 from worker.queries import load
+from worker.supervision.liveness import Observer, Verdict, sightings
 
 logger = logging.getLogger(__name__)
 

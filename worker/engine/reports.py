@@ -6,9 +6,9 @@ import logging
 from uuid import UUID
 
 from outbox.codec import encode_fault
-from worker.decisions import Block, DoStep
-from worker.records import dotted
-from worker.transitions import EndRow
+from worker.engine.transitions import EndRow
+from worker.replay.decisions import Block, DoStep
+from worker.replay.records import dotted
 
 logger = logging.getLogger(__name__)
 

@@ -2,10 +2,10 @@
 
 One `Claimant` for each process, over one connection that only the engine's claim loop and the caretaker use,
 one statement at a time. It guarantees that what it returns was committed as claimed by this worker. It does not
-guarantee that the claim still stands when the caller acts on it: every write is fenced (see `worker.committer`).
+guarantee that the claim still stands when the caller acts on it: every write is fenced (see `worker.engine.committer`).
 
 When the connection breaks, the statement under way is repeated on a new one; when the server could not do it just
-now (see `worker.transient`), after a second. A claim that had been committed
+now (see `outbox.transient`), after a second. A claim that had been committed
 while its answer was lost then belongs to this worker without it knowing; the audit finds such strays.
 When the database says that this worker is dead (SQLSTATE SW003), `DeclaredDead` ends the process: its
 supervisor starts a fresh one, which registers anew.
@@ -26,9 +26,9 @@ import psycopg
 from psycopg import AsyncConnection
 
 from outbox.database import is_disconnect, retry_connecting_async
+from outbox.transient import is_transient
 from worker.queries import load
-from worker.records import Record
-from worker.transient import is_transient
+from worker.replay.records import Record
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,13 @@ import pytest
 
 from outbox.errors import ConfigError
 from outbox.settings import Settings
-from worker import children
-from worker.children import Backoff
-from worker.liveness import Detector, Observer, Sighting, Verdict
-from worker.pipe import EXIT_DECLARED_DEAD, Briefing
-from worker.supervisor import Supervisor
-from worker.vitals import Unchanged, Vitals, Watchdog
+from worker.engine.vitals import Vitals
+from worker.supervision import children
+from worker.supervision.children import Backoff
+from worker.supervision.liveness import Detector, Observer, Sighting, Verdict
+from worker.supervision.pipe import EXIT_DECLARED_DEAD, Briefing
+from worker.supervision.supervisor import Supervisor
+from worker.supervision.watchdog import Unchanged, Watchdog
 
 SETTINGS = Settings(beat_seconds=1.0, lost_lock_seconds=3.0, lease_seconds=15.0)
 

@@ -34,7 +34,7 @@ from psycopg.errors import DeadlockDetected, InsufficientPrivilege, LockNotAvail
 from outbox.database import is_disconnect, retry_connecting_async
 from outbox.settings import Settings
 from worker.queries import load
-from worker.vitals import Unchanged
+from worker.supervision.watchdog import Unchanged
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""One process at work: claim, drive, execute, commit."""

@@ -1,0 +1,1 @@
+"""N processes, alive: a supervisor, its children, and how the dead are noticed."""
