@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import logging
 import math
 import os
 import re
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from outbox.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 _PREFIX = "STEPWELL_"
 
@@ -82,6 +86,7 @@ class Settings:
         None and an empty variable both mean "not given". Raises ConfigError, naming the variable, for a value
         that cannot be understood.
         """
+        _warn_of_misspelt_variables(tuple(each.name for each in fields(cls)))
         given = {name: value for name, value in overrides.items() if value is not None}
         for each in fields(cls):
             text = os.environ.get(_PREFIX + each.name.upper(), "").strip()
@@ -114,6 +119,17 @@ def _check_url(url: str) -> None:
         else "write postgresql://user:password@host:5432/database, or host=… dbname=…"
     )
     raise ConfigError(f"database_url {shown!r} is not the address of a Postgres database; {advice}")
+
+
+def _warn_of_misspelt_variables(names: tuple[str, ...]) -> None:
+    known = [_PREFIX + name.upper() for name in names]
+    for variable in os.environ:
+        if variable.startswith(_PREFIX) and variable not in known:
+            meant = difflib.get_close_matches(variable, known, n=1, cutoff=0.9)
+            if meant:
+                logger.warning(
+                    "%s is not a setting and changes nothing; did you mean %s?", variable, meant[0]
+                )
 
 
 def _from_environment(name: str, text: str) -> Any:

@@ -176,8 +176,10 @@ class TestHistory:
 
         run = Run(flow, a=1)
         run.history = [record(1, "one", n=1, outcome="interrupted", fingerprint=1, seq=1)]
-        decision = run.start()
+        replay = run.replay()
+        decision = replay.start()
         assert isinstance(decision, Block) if strict else decision.drift
+        assert [(drift.path, drift.recorded) for drift in replay.drifts] == [((1,), 1)]
 
 
 class TestDeliver:

@@ -143,6 +143,18 @@ def test_anybody_else_keeps_data_in_the_working_directory(monkeypatch: pytest.Mo
     assert Settings.load().data_dir == Path(".stepwell")
 
 
+def test_a_misspelt_variable_is_told_of_and_any_other_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("STEPWELL_CONCURENCY", "7")
+    monkeypatch.setenv("STEPWELL_OF_OURS", "7")
+    assert Settings.load().concurrency == Settings().concurrency
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert (
+        said == "STEPWELL_CONCURENCY is not a setting and changes nothing; did you mean STEPWELL_CONCURRENCY?"
+    )
+
+
 def test_an_unknown_setting_is_an_error() -> None:
     with pytest.raises(TypeError, match="thraeds"):
         Settings.load(thraeds=3)

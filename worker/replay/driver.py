@@ -317,8 +317,8 @@ class Replay:
     def _do_step(self, path: Path, step: Step[Any, Any], arguments: str, mark: int) -> DoStep:
         earlier = self._cursor.executions(path, "step", step.name)
         others = [each.fingerprint for each in earlier if each.fingerprint not in (None, mark)]
-        if others and self._workflow.strict:
-            raise _other_arguments(path, step.name)
+        if others:
+            self._drifted(Drift(path, step.name, others[0], mark))
         return DoStep(path, step, arguments, mark, earlier, bool(others))
 
     def _drifted(self, drift: Drift) -> None:
