@@ -258,7 +258,7 @@ def test_a_port_that_is_taken_is_said_in_a_sentence(tmp_path: Path) -> None:
 def count_in_a_process(directory: Path, code: str = "", *, kill: bool = False) -> None:
     """Claim three tasks and observe one commit in a process that then ends, or is killed."""
     counting = (
-        "import os, signal\nfrom worker import metrics\nmetrics.CLAIMS.inc(3)\nmetrics.COMMIT_SECONDS.observe(0.003)\n"
+        "import os, signal\nfrom worker.telemetry import metrics\nmetrics.CLAIMS.inc(3)\nmetrics.COMMIT_SECONDS.observe(0.003)\n"
         "metrics.SLOTS.labels('busy').set(7)\n"
     )
     ending = "os.kill(os.getpid(), signal.SIGKILL)\n" if kill else ""
