@@ -118,6 +118,7 @@ def recovery(bench: Bench, victim: str, samples: int) -> dict[str, float]:
                 if victim == "tree":
                     dead = next(each for each in fleet if each.pid == parent)
                     dead.wait(10)
+                    wait_for(lambda: living(db) == 2, 60)  # its other worker is buried a moment later
                     fleet = [each for each in fleet if each is not dead] + [
                         bench.start(url, 2, **environment)
                     ]

@@ -19,7 +19,8 @@ FUNCTION_LINES = 60
 
 # Whoever drives a body is handed what it needs; nothing here may tell the time, wait or ask the database.
 PURE = tuple(
-    f"worker/replay/{name}.py" for name in ("driver", "decisions", "records", "calls", "cursor", "guards")
+    f"worker/replay/{name}.py"
+    for name in ("driver", "decisions", "records", "calls", "cursor", "guards", "rehearsal")
 )
 IMPURE_IMPORTS = {
     "aiosmtpd",

@@ -25,7 +25,8 @@ _COMMANDS = {
         "Run workers for the workflows of APP until they are told to stop.",
     ),
     "enqueue": ("worker.cli.enqueue:enqueue", "Enqueue a run of WORKFLOW, or one for each row of a file."),
-    "runs": ("worker.cli.runs:runs", "List, show, cancel and retry runs."),
+    "runs": ("worker.cli.runs:runs", "List, show, cancel, retry and export runs."),
+    "replay": ("worker.cli.replay:replay", "Drive recorded histories against the code of APP: would it fit?"),
 }
 _EXTRAS = {"demo": "demo"}
 

@@ -1,10 +1,11 @@
-"""`stepwell runs`: list, show, cancel, retry."""
+"""`stepwell runs`: list, show, cancel, retry, export."""
 
 from __future__ import annotations
 
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -16,7 +17,8 @@ from outbox.history import MAX_LIST, STATUSES, RunInfo
 from outbox.settings import Settings
 from worker.cli.connecting import Session, session
 from worker.cli.mistakes import FAILED, Mistake, one_line
-from worker.cli.options import database_option, json_option
+from worker.cli.options import database_option, duration, json_option
+from worker.cli.recorded import from_database, line_of, to_file
 from worker.cli.rendering import console, print_json, run_table, run_view
 from worker.queries import load
 
@@ -27,7 +29,7 @@ _KEY_LOOKUP_TIMEOUT = "1s"
 
 @click.group()
 def runs() -> None:
-    """List, show, cancel and retry runs. RUN is an id, or the beginning of one if that is unique."""
+    """List, show, cancel, retry and export runs. RUN is an id, or the beginning of one if that is unique."""
 
 
 @runs.command("list")
@@ -105,6 +107,40 @@ def retry_runs(settings: Settings, run: tuple[str, ...], as_json: bool) -> None:
         return {"epoch": opened.client.retry(found)}
 
     _each(settings, run, retry, "is ready again", as_json)
+
+
+@runs.command("export")
+@click.argument("run", nargs=-1)
+@click.option("--open", "unended", is_flag=True, help="Runs that have not ended.  [the default without RUN]")
+@click.option(
+    "--since", callback=duration, metavar="TIME", help="Runs enqueued in this time, also ended ones: 7d."
+)
+@click.option("--workflow", help="Only runs of this workflow.")
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="The file to write.  [default: stdout]"
+)
+@database_option
+def export_runs(
+    settings: Settings,
+    run: tuple[str, ...],
+    unended: bool,
+    since: float | None,
+    workflow: str | None,
+    output: Path | None,
+) -> None:
+    """Write runs with their inputs and histories, one JSON line for each, as `stepwell replay --file` reads them."""
+    if bool(run) + unended + (since is not None) > 1:
+        raise Mistake("give the ids of runs, or --open, or --since: one of them says which runs are meant")
+    if run and workflow is not None:
+        raise Mistake("--workflow chooses among many runs: leave it out where the runs are given")
+    with session(settings) as opened:
+        ids = [_resolved(opened, text) for text in run] or None
+        found = from_database(opened.connection, ids=ids, since=since, workflow=workflow)
+        if output is not None:
+            click.echo(f"{to_file(found, output):,} runs exported to {output}", err=True)
+            return
+        for each in found:
+            sys.stdout.buffer.write(line_of(each))
 
 
 def _each(
