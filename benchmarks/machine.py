@@ -34,11 +34,13 @@ class Bench:
         self._databases = 0
 
     def fresh(self) -> str:
-        """Create a database with the schema and return its URL."""
-        self._databases += 1
+        """Create a database with the schema and return its URL. The one before goes, and leaves nothing to clean up."""
+        before, self._databases = f"bench{self._databases}", self._databases + 1
         name = f"bench{self._databases}"
         with connect(self.server.running_url() or "", application_name="bench") as admin:
-            admin.execute(f"create database {name}")  # type: ignore[arg-type]  # a name of our own making
+            admin.execute(f"drop database if exists {before} with (force)")  # type: ignore[arg-type]  # names of our own making
+            admin.execute("checkpoint")
+            admin.execute(f"create database {name}")  # type: ignore[arg-type]  # as above
         url = self.server.running_url(name)
         assert url is not None
         with connect(url, application_name="bench") as connection:
