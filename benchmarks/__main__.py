@@ -62,7 +62,7 @@ def main(repeat: int, runs: int, postgres: int, only: str, json_file: Path | Non
 
 
 def _build() -> str:
-    """Say how this Python was built: it makes a quarter of a difference to what a worker does in a second."""
+    """Say how this Python was built: it makes up to a quarter of a difference to what a worker does in a second."""
     optimized = "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
     return "optimized build" if optimized else "plain build"
 

@@ -78,7 +78,7 @@ for _detector in ("obituary", "lost_lock", "lease"):
 class Tally:
     """Observations of one histogram, handed over in bulk.
 
-    Observing them one by one takes a tenth of what a worker spends on a run of short steps. Used in one thread.
+    Observing them one by one takes a twentieth of what it costs to drive a run of short steps. Used in one thread.
     """
 
     def __init__(self, histogram: Histogram) -> None:
