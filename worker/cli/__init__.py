@@ -27,6 +27,7 @@ _COMMANDS = {
     "enqueue": ("worker.cli.enqueue:enqueue", "Enqueue a run of WORKFLOW, or one for each row of a file."),
     "runs": ("worker.cli.runs:runs", "List, show, cancel, retry and export runs."),
     "replay": ("worker.cli.replay:replay", "Drive recorded histories against the code of APP: would it fit?"),
+    "check": ("worker.cli.check:check", "Find in the workflow bodies of APP what a replay could not repeat."),
 }
 _EXTRAS = {"demo": "demo"}
 
