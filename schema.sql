@@ -1,8 +1,9 @@
 -- Stepwell: the whole database, in reading order.
 --
---   1. tables       what is known: runs, keys, tasks, outbox, workers, workflows, counters, doorbell
+--   1. tables       what is known: runs, keys, tasks, outbox, signals, state, stream, workers, workflows,
+--                   counters, doorbell
 --   2. producers    the public functions, callable from any language inside the caller's transaction:
---                   enqueue, enqueue_many, cancel, retry; the view run_status
+--                   enqueue, enqueue_many, signal, cancel, retry; the view run_status
 --   3. claimants    the protocol of the workers: register, claim, flush, promote, shelve, reclaim
 --   4. roles        stepwell_producer, stepwell_worker, stepwell_viewer
 --
@@ -58,11 +59,17 @@ create table stepwell.runs (
     labels      jsonb,
     input       json not null,
     encoding    text not null default 'plain',     -- how input, output and the history's values are stored
-    parent_id   uuid,
-    parent_path int[],
+    key         text,                              -- as in keys; a child's is made from its parent's
+    parent_id   uuid,                              -- the run that has called this one
+    parent_path int[],                             -- … and by which call; null once nobody waits for it any more
+    counted     boolean not null default false,    -- the parent counts it among its pending calls
+    detached    boolean not null default false,    -- not cancelled with its parent
     deadline_at timestamptz,
     trace       text,
+    seed        uuid,                              -- what random() and uuid() draw from; null: the id
     epoch       int not null default 0,            -- retries, rewinds, fresh starts
+    base_epoch  int not null default 0,            -- where the history begins that still counts: the last fresh start
+    key_epoch   int not null default 0,            -- the last rewind or fresh start: part of idempotency keys
     created_at  timestamptz not null default clock_timestamp(),
     started_at  timestamptz,
     finished_at timestamptz,
@@ -77,6 +84,9 @@ create table stepwell.runs (
 ) with (fillfactor = 85);
 
 alter table stepwell.runs alter column input set storage external, alter column output set storage external;
+
+-- A call makes one child, however often it is driven.
+create unique index runs_children on stepwell.runs (parent_id, parent_path) where parent_path is not null;
 
 -- Idempotency: the first run of a (workflow, key). Apart from runs, so that runs and outbox can be
 -- partitioned on the time-ordered id.
@@ -96,10 +106,19 @@ create sequence stepwell.turns;
 -- One row for each claimable thing; it exists only while there is something left to do. Narrow and hot.
 --   run      a run to advance (path '{}')
 --   step     a step to execute on its own (path of the call)
---   wake     a fact to apply to a run that another transaction must not lock (cancel, signal)
+--   timer    a wait among other calls (path of the call); applied by any worker when it is due
+--   window   how far the items of a map with a limit have been readied (path of the join)
+--   wake     a fact to apply to a run that another transaction must not lock: cancel, signal, poison
 --   deliver  a message to deliver
 -- States: ready (claimable) · claimed · waiting (for due_at or for others) · shelved (ready, but no live
--- worker knows its name) · suspect (ready, but two claims of it died: it is tried alone).
+-- worker knows its name) · suspect (ready, but two claims of it died: it is tried alone) · paused.
+-- What a claimant must know is a name: of a workflow, with @version if it has one; of a step, behind "step:".
+--
+-- A call that is a task of its own (`parent` is the run's task) wakes its run when it is done:
+--   wakes 1 when the last of those that are counted in `pending` is done · 2 as 1, and when it has failed
+--         3 in any case, and is not counted · 0 never: nobody waits for it any more
+-- `driven` is the seq up to which a drive of the run has been written down: what its body did in answer to
+-- these records, the calls that it made among it, is in the database. -1: nothing is.
 create table stepwell.tasks (
     id            bigint generated always as identity primary key,
     run_id        uuid not null,
@@ -125,11 +144,18 @@ create table stepwell.tasks (
     cancelling    boolean not null default false,
     wakeups       int not null default 0,
     pending       int not null default 0,              -- completions that a join still waits for
+    driven        int not null default -1,
+    awaits        text[],                              -- the signals that the run waits for; 'stepwell:child': any result
+    signals       int not null default 0,              -- how many are there, as far as wakes have told
+    paused        boolean not null default false,
+    parent        bigint,
+    wakes         smallint not null default 0,
+    windowed      boolean not null default false,      -- being done, it readies the next item of its window
     claimed_by    bigint,
     started_at    timestamptz,                         -- first claim
     args          json,
-    constraint tasks_kind_known    check (kind in ('run', 'step', 'wake', 'deliver')),
-    constraint tasks_state_known   check (state in ('ready', 'claimed', 'waiting', 'shelved', 'suspect')),
+    constraint tasks_kind_known    check (kind in ('run', 'step', 'timer', 'window', 'wake', 'deliver')),
+    constraint tasks_state_known   check (state in ('ready', 'claimed', 'waiting', 'shelved', 'suspect', 'paused')),
     constraint tasks_claim_owned   check ((state = 'claimed') = (claimed_by is not null)),
     constraint tasks_pending_count check (pending >= 0)
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,
@@ -137,8 +163,8 @@ create table stepwell.tasks (
 
 alter table stepwell.tasks alter column args set storage external;
 
--- The identity of a run's and a step's task. Wakes have none: any number may be under way.
-create unique index tasks_identity on stepwell.tasks (run_id, path) where kind in ('run', 'step');
+-- The identity of a run's task and of those of its calls. Wakes have none: any number may be under way.
+create unique index tasks_identity on stepwell.tasks (run_id, path) where kind not in ('wake', 'deliver');
 create index tasks_ready   on stepwell.tasks (queue, priority, fresh, turn) where state = 'ready';
 create index tasks_due     on stepwell.tasks (due_at) where state = 'waiting' and due_at is not null;
 create index tasks_claimed on stepwell.tasks (claimed_by) where state = 'claimed';
@@ -146,7 +172,8 @@ create index tasks_set_aside on stepwell.tasks (state, queue, name, turn) where 
 
 -- What has happened and will not be done again: append-only, one row for each execution of a step
 -- (n = 0 the final outcome, n >= 1 the nth execution that failed or was interrupted), each finished
--- sleep, each end of a run (kind run, path '{}') and each new epoch.
+-- sleep, each signal or result of a child that was taken, each patch (path '{0,k}'), and, at path '{}',
+-- each end of a run (n = 0), new epoch (1) and cancellation (2).
 -- I9: at most one final outcome for each (run, epoch, path). The primary key says so.
 create table stepwell.outbox (
     run_id      uuid not null,
@@ -163,10 +190,11 @@ create table stepwell.outbox (
     worker      bigint,
     at          timestamptz not null default clock_timestamp(),
     primary key (run_id, epoch, path, n),
-    constraint outbox_kind_known check (kind in ('step', 'sleep', 'run', 'epoch')),
+    constraint outbox_kind_known check (kind in ('step', 'sleep', 'signal', 'child', 'patch', 'run', 'epoch', 'cancel')),
     constraint outbox_outcome_fits check (case
         when kind = 'run'   then n = 0 and path = '{}' and outcome in ('succeeded', 'failed', 'cancelled', 'blocked')
-        when kind = 'epoch' then n = 1 and path = '{}' and outcome in ('retry')
+        when kind = 'epoch' then n = 1 and path = '{}' and outcome in ('retry', 'rewind', 'fork', 'continue')
+        when kind = 'cancel' then n = 2 and path = '{}' and outcome = 'cancelled'
         when n = 0          then outcome in ('completed', 'failed')
         else n > 0 and outcome in ('failed', 'interrupted') end)
 ) with (fillfactor = 100);
@@ -175,6 +203,41 @@ alter table stepwell.outbox alter column value set storage external;
 
 -- Finds the ends that somebody may have to look at without an index on runs that every end would touch.
 create index outbox_unhappy_ends on stepwell.outbox (outcome, at) where kind = 'run' and outcome <> 'succeeded';
+
+-- What was sent to a run and not taken yet, first in, first out for each name: signals, and the results of
+-- children (name 'stepwell:child:' and the path of the call). A row is deleted by the flush that records it.
+create table stepwell.signals (
+    id      bigint generated always as identity primary key,
+    run_id  uuid not null,
+    name    text not null,
+    payload json,
+    at      timestamptz not null default clock_timestamp(),
+    constraint signals_name_short check (octet_length(name) between 1 and 255)
+);
+
+alter table stepwell.signals alter column payload set storage external;
+
+create index signals_of_run on stepwell.signals (run_id, id);
+
+-- What a run shows of itself while it runs: the latest value of each key.
+create table stepwell.state (
+    run_id uuid not null,
+    key    text not null,
+    value  json not null,
+    at     timestamptz not null default clock_timestamp(),
+    primary key (run_id, key)
+) with (fillfactor = 80);
+
+-- What a run emits while it runs, in order. Numbered by the body, so that what is sent again changes nothing.
+create table stepwell.stream (
+    run_id uuid not null,
+    epoch  int not null,
+    n      int not null,
+    name   text not null,
+    value  json not null,
+    at     timestamptz not null default clock_timestamp(),
+    primary key (run_id, epoch, n)
+);
 
 -- One row for each worker process that may hold claims. The supervisor beats for its children; an
 -- observer that sees no change declares it dead (dead_at): from then on it claims nothing.
@@ -239,10 +302,18 @@ begin
 end
 $$;
 
+-- What a claimant must know to advance a run of this workflow.
+create function stepwell.claimed_as(workflow text, version text) returns text
+    language sql immutable parallel safe
+as $$
+    select case when version = '' then workflow else workflow || '@' || version end
+$$;
+
 -- Enqueue one run for each input, in the caller's transaction; answers in the order of the inputs.
 -- A key that is known already gives the id of its first run and created = false, and its input is
--- ignored. Without a queue it is the one that the workers publish for the workflow. Keys are inserted in sorted order, so that two callers cannot deadlock; a READ COMMITTED
--- caller never sees an error for a conflict, stricter levels may see 40001.
+-- ignored. Without a queue or a version it is the one that the workers have published last for the workflow. Keys are
+-- inserted in sorted order, so that two callers cannot deadlock; a READ COMMITTED caller never sees an error for a
+-- conflict, stricter levels may see 40001.
 create function stepwell.enqueue_many(
     workflow text,
     inputs   json[],
@@ -255,7 +326,7 @@ create function stepwell.enqueue_many(
     tenant   text        default null,
     labels   jsonb       default null,
     deadline interval    default null,
-    version  text        default '')
+    version  text        default null)
 returns table (id uuid, created boolean)
     language plpgsql security definer
     set search_path = pg_catalog, stepwell, pg_temp
@@ -264,14 +335,18 @@ as $$
 #variable_conflict use_column
 declare
     many    constant int := coalesce(cardinality(inputs), 0);
-    v_queue constant text := coalesce(
-        enqueue_many.queue,
-        (select w.queue from workflows w where w.name = enqueue_many.workflow order by w.seen_at desc limit 1),
-        'default');
     due     constant timestamptz := coalesce(enqueue_many.at, clock_timestamp() + enqueue_many.delay);
+    v_queue   text;
+    v_version text;
     ids     uuid[];
     owners  uuid[];
 begin
+    select w.queue, w.version into v_queue, v_version
+    from workflows w
+    where w.name = enqueue_many.workflow and (enqueue_many.version is null or w.version = enqueue_many.version)
+    order by w.seen_at desc limit 1;
+    v_queue := coalesce(enqueue_many.queue, v_queue, 'default');
+    v_version := coalesce(enqueue_many.version, v_version, '');
     if enqueue_many.workflow is null or octet_length(enqueue_many.workflow) not between 1 and 255 then
         raise exception 'stepwell: the workflow name must have 1 to 255 bytes' using errcode = '22023';
     end if;
@@ -322,16 +397,16 @@ begin
         end loop;
     end if;
 
-    insert into runs (id, workflow, version, queue, priority, tenant, lane, labels, input, deadline_at)
-    select n.id, enqueue_many.workflow, enqueue_many.version, v_queue, enqueue_many.priority, enqueue_many.tenant,
-           enqueue_many.lane, enqueue_many.labels, n.input, clock_timestamp() + enqueue_many.deadline
-    from unnest(ids, owners, inputs) with ordinality as n (id, owner, input, i)
+    insert into runs (id, workflow, version, queue, priority, tenant, lane, labels, input, key, deadline_at)
+    select n.id, enqueue_many.workflow, v_version, v_queue, enqueue_many.priority, enqueue_many.tenant,
+           enqueue_many.lane, enqueue_many.labels, n.input, n.key, clock_timestamp() + enqueue_many.deadline
+    from unnest(ids, owners, inputs, enqueue_many.keys) with ordinality as n (id, owner, input, key, i)
     where n.id = n.owner
     order by n.i;
 
     insert into tasks (run_id, name, queue, priority, tenant, lane, state, due_at)
-    select n.id, enqueue_many.workflow, v_queue, enqueue_many.priority, enqueue_many.tenant, enqueue_many.lane,
-           case when due > clock_timestamp() then 'waiting' else 'ready' end, due
+    select n.id, claimed_as(enqueue_many.workflow, v_version), v_queue, enqueue_many.priority, enqueue_many.tenant,
+           enqueue_many.lane, case when due > clock_timestamp() then 'waiting' else 'ready' end, due
     from unnest(ids, owners) with ordinality as n (id, owner, i)
     where n.id = n.owner
     order by n.i;
@@ -354,7 +429,7 @@ create function stepwell.enqueue(
     tenant   text        default null,
     labels   jsonb       default null,
     deadline interval    default null,
-    version  text        default '')
+    version  text        default null)
 returns uuid
     language sql security definer
     set search_path = pg_catalog, stepwell, pg_temp
@@ -380,9 +455,39 @@ begin
     if not found then
         return false;
     end if;
+    perform wake(run, 'cancel', json_build_object('epoch', meant));
+    return true;
+end
+$$;
+
+-- Have a worker apply a fact to a run: nobody else may lock its task (I15).
+create function stepwell.wake(run uuid, fact text, args json) returns void
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+as $$
+begin
     insert into tasks (run_id, kind, name, queue, priority, fresh, args)
-    values (run, 'wake', 'cancel', 'stepwell', 0, false, json_build_object('epoch', meant));
+    values (run, 'wake', fact, 'stepwell', 0, false, args);
     perform ring('stepwell');
+end
+$$;
+
+-- Send a signal to a run. It is kept until the run takes it, by wait_signal, in the order in which signals of
+-- that name came; each is taken once. Answers whether the run was open.
+create function stepwell.signal(run uuid, name text, payload json default 'null') returns boolean
+    language plpgsql security definer
+    set search_path = pg_catalog, stepwell, pg_temp
+as $$
+begin
+    if signal.name is null or octet_length(signal.name) not between 1 and 255 or signal.name like 'stepwell:%' then
+        raise exception 'stepwell: a signal''s name must have 1 to 255 bytes and not begin with "stepwell:"'
+            using errcode = '22023';
+    end if;
+    if not exists (select from runs r where r.id = run and r.state in ('open', 'blocked')) then
+        return false;
+    end if;
+    insert into signals (run_id, name, payload) values (run, signal.name, coalesce(signal.payload, 'null'));
+    perform wake(run, 'signal', json_build_object('name', signal.name));
     return true;
 end
 $$;
@@ -412,8 +517,9 @@ begin
     update runs set state = 'open', epoch = r.epoch + 1, finished_at = null, output = null, error = null,
                     deadline_at = moment + (r.deadline_at - opened)
     where id = run;
-    insert into tasks (run_id, name, queue, priority, tenant, lane, fresh, seq)
-    values (run, r.workflow, r.queue, r.priority, r.tenant, r.lane, false, last_seq);
+    insert into tasks (run_id, name, queue, priority, tenant, lane, fresh, seq, signals)
+    select run, claimed_as(r.workflow, r.version), r.queue, r.priority, r.tenant, r.lane, false, last_seq,
+           (select count(*) from signals s where s.run_id = run);
     perform ring(r.queue);
     return r.epoch + 1;
 end
@@ -424,6 +530,9 @@ create view stepwell.run_status as
 select r.id, r.workflow, r.version, r.queue, r.priority, r.labels, r.epoch, r.parent_id,
        case when r.state <> 'open' then r.state
             when t.state = 'claimed' then 'running'
+            when t.driven >= 0 and exists (
+                select from stepwell.tasks s
+                where s.run_id = r.id and s.kind not in ('wake', 'deliver') and s.state = 'claimed') then 'running'
             when t.attempt = 0 and t.fresh then 'pending'
             else 'waiting' end as status,
        r.created_at, coalesce(r.started_at, t.started_at) as started_at, r.finished_at, r.deadline_at,
@@ -519,7 +628,7 @@ begin
 end
 $$;
 
--- Claim up to at_most ready tasks of one queue, and the wakes that wait, for a worker that is alive.
+-- Claim up to at_most ready tasks of one queue, and the wakes and timers that are due, for a worker that is alive.
 --
 -- I3: the worker's own row is locked first; no row, no claim: a dead worker's statement that still sits
 --     in a socket buffer finds nothing. The caller sees 'SW003'.
@@ -533,7 +642,9 @@ returns table (
     task bigint, run_id uuid, kind text, name text, attempt int, "position" int, doing int[], wakeups int, seq int,
     interrupted boolean, interruptions int, cancelling boolean, turn bigint, grp int,
     due_in float8, waited float8, deadline_in float8, running_for float8, now timestamptz,
-    epoch int, created_at timestamptz, version text, labels text, input text)
+    epoch int, created_at timestamptz, version text, labels text, input text,
+    path int[], parent bigint, workflow text, args text, driven int, pending int, signals int,
+    seed uuid, key_epoch int, base_epoch int, awaited boolean)
     language plpgsql
     set search_path = pg_catalog, stepwell, pg_temp
     set plan_cache_mode = force_generic_plan
@@ -579,10 +690,10 @@ begin
     end if;
     with taken as (
         update tasks t
-        set state = 'claimed', claimed_by = me, attempt = t.attempt + 1, solo = alone and t.kind = 'run',
+        set state = 'claimed', claimed_by = me, attempt = t.attempt + 1, solo = alone and t.kind in ('run', 'step'),
             started_at = coalesce(t.started_at, clock_timestamp())
         where t.id = any (ids) returning t.run_id, t.kind)
-    select array_agg(taken.run_id) filter (where taken.kind = 'run') into of_runs from taken;
+    select array_agg(distinct taken.run_id) filter (where taken.kind <> 'wake') into of_runs from taken;
     delete from doorbell d where d.worker = me;
     return query
         select t.id, t.run_id, t.kind, t.name, t.attempt, t.position, t.doing, t.wakeups, t.seq,
@@ -592,9 +703,12 @@ begin
                     then extract(epoch from clock_timestamp() - coalesce(t.due_at, r.created_at))::float8 end,
                extract(epoch from r.deadline_at - clock_timestamp())::float8,
                extract(epoch from clock_timestamp() - t.started_at)::float8, clock_timestamp(),
-               coalesce(r.epoch, (t.args ->> 'epoch')::int), r.created_at, r.version, r.labels::text, r.input::text
+               coalesce(r.epoch, (t.args ->> 'epoch')::int), r.created_at, r.version, r.labels::text,
+               case when t.kind = 'run' then r.input::text end,
+               t.path, t.parent, r.workflow, t.args::text, t.driven, t.pending, t.signals,
+               coalesce(r.seed, r.id), r.key_epoch, r.base_epoch, r.parent_path is not null
         from tasks t
-        left join runs r on r.id = any (of_runs) and r.id = t.run_id and t.kind = 'run'
+        left join runs r on r.id = any (of_runs) and r.id = t.run_id and t.kind <> 'wake'
         where t.id = any (ids)
         order by array_position(ids, t.id);
 end
@@ -614,8 +728,11 @@ $$;
 --   then = move     the claim goes on, at path `doing`
 --          park     wait for due_at, or for others; ready at once if something woke it meanwhile
 --          release  give it back, ready
+--          continue give it back, ready, without a history
 --          finish   the run ends: `ends` says how
 --          wake     apply this wake task to its run, and delete it
+--          done     of a step or timer: it is over, its run is told
+--          hold     of a step: it needs a person, its run is told
 create type stepwell.transition_v1 as (
     i int,                 -- 1, 2, … within the flush
     task bigint, attempt int, "position" int,
@@ -625,20 +742,30 @@ create type stepwell.transition_v1 as (
     records int,           -- how many records belong to it
     delay float8,          -- park: seconds from now, or
     until timestamptz,     -- park: not before
-    wakeups int);          -- park: what the claimant knew of
+    wakeups int,           -- park: what the claimant knew of
+    seen int,              -- the seq of the history that the drive knew
+    strict boolean,        -- only if that was all of it: the order of records decides what the body does
+    parent bigint,         -- of a step or timer: the run's own task
+    awaits text[],         -- park: the signals that are waited for
+    took int,              -- how many signals it takes
+    cancelled boolean);    -- it has taken note of the cancellation
 
 -- Write down what happened, for many tasks in one transaction. Answers for each transition, in order:
---   0 fenced · 1 applied · 2 already applied before (a resend) · plus 4 when the run is to be cancelled.
+--   0 fenced · 1 applied · 2 already applied before (a resend) · 3 not applied, the history has gone on (strict)
+--   plus 4 when the run is to be cancelled, plus 8 when it is to be paused.
 --
 -- records: what happened, [{i, k, path, n, kind, name, fingerprint, outcome, value, error, at}]: i is the
 --          transition that it belongs to, k = 1, 2, … within that
 -- ends:    [{i, state, output, error}]
+-- extras:  what few transitions have, see spread_v1; null when none of these has it
 --
--- 1. lock own and target task rows in order of id (any other order deadlocks two flushes);
+-- 1. lock own, parents' and target task rows in order of id (any other order deadlocks two flushes);
 -- 2. test the fence in a new statement, which sees what the lock waited for (I8);
--- 3. append the history, count it; 4. write the task rows; 5. end runs; 6. apply wakes.
--- Nothing locks a task row after 1., so a flush never waits while it holds one.
-create function stepwell.flush_v1(me bigint, transitions json, records json, ends json) returns int[]
+-- 3. append the history, count it; 4. write the task rows; 5. end runs; 6. tell parents; 7. apply wakes.
+-- After 1. nothing locks a task row but those of calls whose run's task is locked, and whoever else writes one of
+-- these locks that first (a stray that is released does not: a deadlock with it is resent).
+create function stepwell.flush_v1(me bigint, transitions json, records json, ends json, extras json default null)
+returns int[]
     language plpgsql
     set search_path = pg_catalog, stepwell, pg_temp
     set plan_cache_mode = force_generic_plan
@@ -652,33 +779,39 @@ declare
     verdicts int[];
     known    int;
     closing  uuid[];
+    parents  bigint[];
     waking   boolean;
     leaving  boolean;
 begin
     select array_agg(x order by x.i), array_agg(x.task), array_agg(x.run_id) filter (where x.then = 'finish'),
+           array_agg(x.parent) filter (where x.parent is not null),
            bool_or(x.then = 'wake'), bool_or(x.then = 'release')
-    into items, locking, closing, waking, leaving
+    into items, locking, closing, parents, waking, leaving
     from json_populate_recordset(null::transition_v1, transitions) x;
+    if parents is not null then
+        locking := locking || parents;
+    end if;
     if waking then
         locking := locking || array(
             select t.id from tasks t
             where t.run_id = any (array(select x.run_id from unnest(items) x where x.then = 'wake'))
-              and t.path = '{}' and t.kind in ('run', 'step'));
+              and t.path = '{}' and t.kind not in ('wake', 'deliver'));
     end if;
     perform 1 from tasks t where t.id = any (locking) order by t.id for update;
 
     select array_agg(
         case when t.attempt = x.attempt and t.claimed_by = me then
-                  case when t.position = x.position then 1 when t.position > x.position then 2 else 0 end
+                  case when t.position > x.position then 2 when t.position < x.position then 0
+                       when x.strict and t.seq <> x.seen then 3 else 1 end
              when t.attempt = x.attempt and t.claimed_by is null and t.position = x.position + 1 then 2
              else 0 end
-        + case when t.cancelling then 4 else 0 end
+        + case when t.cancelling then 4 else 0 end + case when t.paused then 8 else 0 end
         order by x.i)
     into verdicts
     from unnest(items) x left join tasks t on t.id = any (locking) and t.id = x.task;
 
     -- A resend whose row went on or is gone: the history knows whether it was applied (I10).
-    if 0 = any (verdicts) or 4 = any (verdicts) then
+    if verdicts && array[0, 4, 8, 12] then
         for known in select recorded_v1(me, items, flush_v1.records) loop
             if verdicts[known] % 4 = 0 then
                 verdicts[known] := 2;
@@ -695,7 +828,7 @@ begin
                 value json, error json, at timestamptz)
         join unnest(items) x on x.i = r.i
         join tasks t on t.id = any (locking) and t.id = x.task
-        where verdicts[r.i] % 4 = 1
+        where verdicts[r.i] % 4 = 1 and x.parent is null
         returning kind, name, outcome)
     insert into counters as c (shard, kind, name, outcome, value)
     select pg_backend_pid() % 64, w.kind, w.name, w.outcome, count(*)
@@ -703,12 +836,22 @@ begin
     group by w.kind, w.name, w.outcome order by w.kind, w.name, w.outcome
     on conflict (shard, kind, name, outcome) do update set value = c.value + excluded.value;
 
+    if extras is not null then
+        perform spread_v1(items, verdicts, extras);
+    end if;
+
     -- A move touches no indexed column, so it stays within its page (HOT). A suspect that is given back without
     -- progress remains one.
     update tasks t
     set position = t.position + 1,
-        seq = t.seq + x.records,
+        seq = t.seq + x.records + (x.then = 'continue')::int,
+        driven = case when x.then = 'continue' then -1 when x.then = 'release' then t.driven when x.records > 0 then t.seq + x.records
+                      else coalesce(x.seen, t.driven) end,
+        pending = case when x.then = 'continue' then 0 else t.pending end,
         doing = case when x.then = 'release' then t.doing else x.doing end,
+        awaits = case when x.then = 'release' then t.awaits else x.awaits end,
+        signals = t.signals - coalesce(x.took, 0),
+        cancelling = t.cancelling and x.cancelled is null,
         interrupted = t.interrupted and x.then = 'release',
         interruptions = case when x.then = 'release' or x.doing is not distinct from t.doing
                                   or (t.doing is null and t.interrupted) then t.interruptions else 0 end,
@@ -716,7 +859,10 @@ begin
                                 or (t.doing is null and t.interrupted) then t.solo_deaths else 0 end,
         claimed_by = case when x.then = 'move' then me end,
         state = case when x.then = 'move' then 'claimed'
-                     when x.then = 'park' and t.wakeups = x.wakeups and not t.cancelling then 'waiting'
+                     when t.paused then 'paused'
+                     when x.then = 'park' and t.wakeups = x.wakeups and (not t.cancelling or x.cancelled)
+                          and (x.delay is not null or x.until is not null or x.awaits is not null or t.pending > 0)
+                     then 'waiting'
                      when t.interruptions >= 2
                           and (x.then = 'release' or x.doing is not distinct from t.doing
                                or (t.doing is null and t.interrupted)) then 'suspect'
@@ -726,8 +872,8 @@ begin
         due_at = case when x.then = 'release' then t.due_at
                       when x.then = 'park' then coalesce(x.until, clock_timestamp() + make_interval(secs => x.delay)) end
     from unnest(items) x
-    where t.id = any (locking) and t.id = x.task
-      and verdicts[x.i] % 4 = 1 and x.then in ('move', 'park', 'release');
+    where t.id = any (locking) and t.id = x.task and x.parent is null
+      and verdicts[x.i] % 4 = 1 and x.then in ('move', 'park', 'release', 'continue');
 
     if closing is not null then
         update runs r
@@ -739,6 +885,13 @@ begin
         where r.id = any (closing) and r.id = x.run_id and verdicts[e.i] % 4 = 1;
         delete from tasks t
         where t.id = any (array(select x.task from unnest(items) x where x.then = 'finish' and verdicts[x.i] % 4 = 1));
+        if extras is not null then
+            perform end_families_v1(array(
+                select x.run_id from unnest(items) x where x.then = 'finish' and verdicts[x.i] % 4 = 1));
+        end if;
+    end if;
+    if parents is not null then
+        perform settle_v1(me, items, verdicts, flush_v1.records);
     end if;
     if waking then
         perform stepwell.wake_v1(me, items, verdicts);
@@ -749,6 +902,401 @@ begin
             where t.id = any (array(select x.task from unnest(items) x where x.then = 'release'))) q;
     end if;
     return verdicts;
+end
+$$;
+
+-- Part of flush_v1: what a drive spreads beside its own task. `i` is the transition.
+--
+--   tasks     [{i, kind, path, name, queue, args, delay, until, wakes, held, windowed, released}]
+--             calls that become tasks of their own; held ones are readied by their window
+--   children  [{i, path, workflow, version, queue, input, counted, detached, deadline}]  runs that it has called
+--   dropped   [{i, path}]  nobody waits any more for the calls at and below this path: what nobody has claimed
+--             is not executed, what somebody executes is recorded and wakes nobody
+--   settled   [{i, path}]  wait again for those of them that somebody executes
+--   taken     [{i, signal}]
+--   states    [{i, key, value}]
+--   emitted   [{i, n, name, value}]
+--   stopping  [{i, epoch, reason}]  of a step: its run is to be blocked
+--   continued [{i, input}]  the run starts anew
+create function stepwell.spread_v1(items stepwell.transition_v1[], verdicts int[], extras json) returns void
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set plan_cache_mode = force_generic_plan
+    set enable_seqscan = off set enable_bitmapscan = off set enable_mergejoin = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+    mine   constant bigint[] := array(select x.task from unnest(items) x where verdicts[x.i] % 4 = 1);
+    rung   text[];
+begin
+    perform drop_calls_v1(x.task, x.run_id, d.path)
+    from json_to_recordset(extras -> 'dropped') as d (i int, path int[])
+    join unnest(items) x on x.i = d.i where verdicts[x.i] % 4 = 1;
+
+    with made as (
+        insert into tasks (run_id, kind, path, name, queue, priority, tenant, fresh, state, due_at, args, parent,
+                           wakes, windowed, position, paused)
+        select x.run_id, d.kind, d.path, d.name,
+               case when d.kind = 'step' then coalesce(d.queue, t.queue) else 'stepwell' end,
+               case when d.kind = 'step' then t.priority else 0 end, t.tenant, false,
+               case when d.kind = 'step' and not coalesce(d.held, false) then 'ready' else 'waiting' end,
+               coalesce(d.until, clock_timestamp() + make_interval(secs => d.delay)), d.args, x.task,
+               d.wakes, coalesce(d.windowed, false), coalesce(d.released, 0), false
+        from json_to_recordset(extras -> 'tasks') as d (
+                i int, kind text, path int[], name text, queue text, args json, delay float8, until timestamptz,
+                wakes smallint, held boolean, windowed boolean, released int)
+        join unnest(items) x on x.i = d.i
+        join tasks t on t.id = any (mine) and t.id = x.task
+        where verdicts[x.i] % 4 = 1
+        order by x.i, d.path
+        on conflict do nothing
+        returning parent, wakes, queue, state),
+    counted as (
+        update tasks t set pending = t.pending + m.count
+        from (select made.parent, count(*) from made where made.wakes in (1, 2) group by made.parent) m
+        where t.id = any (mine) and t.id = m.parent)
+    select array_agg(distinct made.queue) into rung from made where made.state = 'ready';
+    perform ring(q) from unnest(rung) q;
+
+    perform call_child_v1(x.task, x.run_id, d.path, d.workflow, d.version, d.queue, d.input, d.counted, d.detached,
+                          d.deadline)
+    from json_to_recordset(extras -> 'children') as d (
+            i int, path int[], workflow text, version text, queue text, input json, counted boolean, detached boolean,
+            deadline float8)
+    join unnest(items) x on x.i = d.i where verdicts[x.i] % 4 = 1;
+
+    with adopted as (
+        update tasks c set wakes = 1
+        from json_to_recordset(extras -> 'settled') as d (i int, path int[])
+        join unnest(items) x on x.i = d.i
+        where verdicts[x.i] % 4 = 1 and c.run_id = x.run_id and c.kind not in ('wake', 'deliver') and c.kind = 'step'
+          and c.wakes = 0 and c.path >= d.path and c.path < beyond(d.path)
+        returning c.parent)
+    update tasks t set pending = t.pending + a.count
+    from (select adopted.parent, count(*) from adopted group by adopted.parent) a
+    where t.id = any (mine) and t.id = a.parent;
+
+    delete from signals s
+    where s.id = any (array(
+        select d.signal from json_to_recordset(extras -> 'taken') as d (i int, signal bigint)
+        where verdicts[d.i] % 4 = 1));
+
+    insert into state as s (run_id, key, value)
+    select x.run_id, d.key, d.value
+    from json_to_recordset(extras -> 'states') as d (i int, key text, value json)
+    join unnest(items) x on x.i = d.i where verdicts[x.i] % 4 = 1
+    on conflict (run_id, key) do update set value = excluded.value, at = clock_timestamp();
+
+    -- A retry emits the same again; after a rewind or a fresh start it is something new.
+    insert into stream (run_id, epoch, n, name, value)
+    select x.run_id, r.key_epoch, d.n, d.name, d.value
+    from json_to_recordset(extras -> 'emitted') as d (i int, n int, name text, value json)
+    join unnest(items) x on x.i = d.i
+    join runs r on r.id = x.run_id
+    where verdicts[x.i] % 4 = 1
+    on conflict do nothing;
+
+    perform wake(x.run_id, 'poison', json_build_object('epoch', d.epoch, 'reason', d.reason))
+    from json_to_recordset(extras -> 'stopping') as d (i int, epoch int, reason json)
+    join unnest(items) x on x.i = d.i where verdicts[x.i] % 4 = 1;
+
+    perform continue_v1(x.task, d.input)
+    from json_to_recordset(extras -> 'continued') as d (i int, input json)
+    join unnest(items) x on x.i = d.i where verdicts[x.i] % 4 = 1;
+end
+$$;
+
+-- The first path behind everything at and below a path, as arrays are compared.
+create function stepwell.beyond(path int[]) returns int[]
+    language sql immutable parallel safe
+as $$
+    select path[1:cardinality(path) - 1] || (path[cardinality(path)] + 1)
+$$;
+
+-- Part of spread_v1: nobody waits any more for the calls at and below a path.
+create function stepwell.drop_calls_v1(of_task bigint, of_run uuid, at_path int[]) returns void
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set plan_cache_mode = force_generic_plan
+    set enable_seqscan = off set enable_bitmapscan = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+    child runs;
+begin
+    with gone as (
+        delete from tasks c
+        where c.run_id = of_run and c.kind not in ('wake', 'deliver') and c.path >= at_path and c.path < beyond(at_path)
+          and c.path <> '{}' and (c.claimed_by is null or c.kind <> 'step')
+        returning c.wakes),
+    left_alone as (
+        update tasks c set wakes = 0
+        from (select n.id, n.wakes from tasks n
+              where n.run_id = of_run and n.kind not in ('wake', 'deliver') and n.path >= at_path
+                and n.path < beyond(at_path) and n.path <> '{}' and n.claimed_by is not null and n.kind = 'step') n
+        where c.id = n.id
+        returning n.wakes)
+    update tasks t
+    set pending = greatest(0, t.pending - (select count(*) from (table gone union all table left_alone) w where w.wakes in (1, 2)))
+    where t.id = of_task;
+    for child in
+        select r.* from runs r
+        where r.parent_id = of_run and r.parent_path is not null and r.parent_path >= at_path
+          and r.parent_path < beyond(at_path)
+    loop
+        update runs r set parent_path = null where r.id = child.id;
+        if child.counted and child.state in ('open', 'blocked') then
+            update tasks t set pending = greatest(0, t.pending - 1) where t.id = of_task;
+        end if;
+        if child.state = 'open' and not child.detached then
+            perform wake(child.id, 'cancel', json_build_object('epoch', child.epoch));
+        end if;
+    end loop;
+end
+$$;
+
+-- Part of spread_v1: begin a new epoch of a run with another input, and without the history before it.
+create function stepwell.continue_v1(of_task bigint, input json) returns void
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set plan_cache_mode = force_generic_plan
+as $$
+#variable_conflict use_column
+declare
+    t tasks;
+    r runs;
+begin
+    select * into t from tasks where id = of_task;
+    update runs
+    set epoch = epoch + 1, base_epoch = epoch + 1, key_epoch = epoch + 1, input = continue_v1.input, seed = new_id()
+    where id = t.run_id returning * into r;
+    insert into outbox (run_id, epoch, path, n, seq, kind, name, outcome, value)
+    values (r.id, r.epoch, '{}', 1, t.seq + 1, 'epoch', r.workflow, 'continue', r.input);
+    delete from tasks c where c.run_id = r.id and c.kind not in ('wake', 'deliver') and c.path > '{}';
+    update runs c set parent_path = null where c.parent_id = r.id and c.parent_path is not null;
+end
+$$;
+
+-- Part of spread_v1: make the run that a call of a workflow is. One that was made before, in an earlier epoch, is
+-- opened again if it did not succeed, for the parent was retried because of that.
+create function stepwell.call_child_v1(
+    of_task bigint, of_run uuid, at_path int[], workflow text, version text, on_queue text, input json,
+    is_counted boolean, is_detached boolean, deadline float8)
+returns void
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set plan_cache_mode = force_generic_plan
+as $$
+#variable_conflict use_column
+declare
+    parent runs;
+    child  runs;
+    of_key text;
+    as_signal constant text := 'stepwell:child:' || array_to_string(at_path, '.');
+begin
+    select * into parent from runs r where r.id = of_run;
+    select * into child from runs r where r.parent_id = of_run and r.parent_path = at_path;
+    if found then
+        update runs r set counted = false where r.id = child.id and r.counted;
+        if child.state in ('failed', 'cancelled', 'blocked') then
+            delete from signals s where s.run_id = of_run and s.name = as_signal;
+            update tasks t set signals = (select count(*) from signals s where s.run_id = of_run) where t.id = of_task;
+            perform retry(child.id);
+        elsif child.state = 'succeeded'
+              and not exists (select from signals s where s.run_id = of_run and s.name = as_signal) then
+            perform report_v1(array[child.id]);
+        end if;
+        return;
+    end if;
+    of_key := parent.workflow || ':' || parent.key || ':' || array_to_string(at_path, '.');
+    if octet_length(of_key) > 512 then
+        of_key := 'md5:' || md5(of_key);
+    end if;
+    insert into runs (id, workflow, version, queue, priority, tenant, labels, input, key, parent_id, parent_path, counted,
+                      detached, deadline_at, trace)
+    values (new_id(), call_child_v1.workflow, coalesce(call_child_v1.version, ''), coalesce(on_queue, parent.queue),
+            parent.priority, parent.tenant, parent.labels, call_child_v1.input, of_key, of_run, at_path,
+            coalesce(is_counted, false), coalesce(is_detached, false),
+            clock_timestamp() + make_interval(secs => call_child_v1.deadline), parent.trace)
+    returning * into child;
+    insert into keys (workflow, key, run_id)
+    select child.workflow, child.key, child.id where child.key is not null
+    on conflict do nothing;
+    insert into tasks (run_id, name, queue, priority, tenant, fresh)
+    values (child.id, claimed_as(child.workflow, child.version), child.queue, child.priority, child.tenant, false);
+    if child.counted then
+        update tasks t set pending = t.pending + 1 where t.id = of_task;
+    end if;
+    perform ring(child.queue);
+end
+$$;
+
+-- Tell the runs that wait for these what has become of them, if they have ended.
+create function stepwell.report_v1(ended uuid[]) returns void
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    r runs;
+    as_signal text;
+begin
+    for r in
+        select c.* from runs c
+        where c.id = any (ended) and c.parent_path is not null and c.state in ('succeeded', 'failed', 'cancelled')
+    loop
+        as_signal := 'stepwell:child:' || array_to_string(r.parent_path, '.');
+        insert into signals (run_id, name, payload)
+        values (r.parent_id, as_signal,
+                json_build_object('run', r.id, 'state', r.state, 'output', r.output, 'error', r.error));
+        perform wake(r.parent_id, 'signal', json_build_object(
+            'name', as_signal, 'counted', r.counted, 'failed', r.state <> 'succeeded'));
+    end loop;
+end
+$$;
+
+-- These runs have ended: what is left of them is not executed any more, and their parents are told.
+create function stepwell.end_families_v1(ended uuid[]) returns void
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set plan_cache_mode = force_generic_plan
+    set enable_seqscan = off set enable_bitmapscan = off set jit = off
+as $$
+#variable_conflict use_column
+begin
+    delete from tasks t where t.run_id = any (ended) and t.kind not in ('wake', 'deliver');
+    perform report_v1(ended);
+end
+$$;
+
+create function stepwell.cancel_children_v1(parents uuid[]) returns void
+    language sql
+    set search_path = pg_catalog, stepwell, pg_temp
+as $$
+    select stepwell.wake(r.id, 'cancel', json_build_object('epoch', r.epoch))
+    from stepwell.runs r
+    where r.parent_id = any (parents) and r.parent_path is not null and r.state = 'open' and not r.detached
+$$;
+
+-- Part of flush_v1: the transitions of steps and timers, which are tasks of their own. Their records are numbered
+-- under the lock of their run's task, which is told of what is done: see tasks.wakes.
+create function stepwell.settle_v1(me bigint, items stepwell.transition_v1[], verdicts int[], records json) returns void
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set plan_cache_mode = force_generic_plan
+    set enable_seqscan = off set enable_bitmapscan = off
+    set enable_nestloop = off set enable_mergejoin = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+    locking constant bigint[] := array(
+        select x.parent from unnest(items) x where x.parent is not null and verdicts[x.i] % 4 = 1);
+    own     constant bigint[] := array(
+        select x.task from unnest(items) x where x.parent is not null and verdicts[x.i] % 4 = 1);
+    rung    text[];
+begin
+    with written as (
+        insert into outbox (run_id, epoch, path, n, seq, kind, name, fingerprint, outcome, value, error, worker, at)
+        select x.run_id, x.epoch, r.path, r.n, p.seq + row_number() over (partition by x.parent order by r.i, r.k),
+               r.kind, r.name, r.fingerprint, r.outcome, r.value, r.error, me, r.at
+        from json_to_recordset(records) as r (
+                i int, k int, path int[], n int, kind text, name text, fingerprint bigint, outcome text,
+                value json, error json, at timestamptz)
+        join unnest(items) x on x.i = r.i
+        join tasks p on p.id = any (locking) and p.id = x.parent
+        where verdicts[r.i] % 4 = 1 and x.parent is not null
+        returning kind, name, outcome)
+    insert into counters as c (shard, kind, name, outcome, value)
+    select pg_backend_pid() % 64, w.kind, w.name, w.outcome, count(*)
+    from written w where w.kind = 'step'
+    group by w.kind, w.name, w.outcome order by w.kind, w.name, w.outcome
+    on conflict (shard, kind, name, outcome) do update set value = c.value + excluded.value;
+
+    if exists (select from tasks t where t.id = any (own) and t.windowed) then
+        perform release_next_v1(array(
+            select x.task from unnest(items) x
+            where x.parent is not null and x.then in ('done', 'hold') and verdicts[x.i] % 4 = 1));
+    end if;
+
+    -- The failure of a call wakes at once where its join gives up then; that it is the run's own last word, and not
+    -- one of the executions before it, is said by n = 0.
+    update tasks p
+    set seq = p.seq + d.records,
+        pending = greatest(0, p.pending - d.counted),
+        wakeups = p.wakeups + (d.always or p.pending <= d.counted and d.counted > 0)::int,
+        state = case when p.state <> 'waiting' or not (d.always or p.pending <= d.counted and d.counted > 0) then p.state
+                     when p.interruptions >= 2 then 'suspect' else 'ready' end,
+        fresh = p.fresh and not (d.always or p.pending <= d.counted and d.counted > 0),
+        turn = case when p.state = 'waiting' and (d.always or p.pending <= d.counted and d.counted > 0)
+                    then nextval('stepwell.turns') else p.turn end
+    from (select x.parent, sum(x.records)::int as records,
+                 count(*) filter (where x.then in ('done', 'hold') and t.wakes in (1, 2))::int as counted,
+                 coalesce(bool_or(x.then in ('done', 'hold')
+                          and (t.wakes = 3 or t.wakes = 2 and (x.then = 'hold' or f.i is not null))), false) as always
+          from unnest(items) x
+          join tasks t on t.id = any (own) and t.id = x.task
+          left join (select distinct r.i from json_to_recordset(records) as r (i int, n int, outcome text)
+                     where r.n = 0 and r.outcome = 'failed') f on f.i = x.i
+          where x.parent is not null and verdicts[x.i] % 4 = 1
+          group by x.parent) d
+    where p.id = any (locking) and p.id = d.parent;
+
+    update tasks t
+    set position = t.position + 1,
+        interrupted = t.interrupted and x.then = 'release',
+        interruptions = case when x.then = 'release' then t.interruptions else 0 end,
+        solo_deaths = case when x.then = 'release' then t.solo_deaths else 0 end,
+        claimed_by = case when x.then = 'move' then me end,
+        state = case when x.then = 'move' then 'claimed' when t.paused then 'paused'
+                     when x.then in ('park', 'hold') then 'waiting'
+                     when t.interruptions >= 2 then 'suspect' else 'ready' end,
+        turn = case when x.then = 'move' then t.turn else nextval('stepwell.turns') end,
+        due_at = case when x.then = 'release' then t.due_at
+                      when x.then = 'park' then coalesce(x.until, clock_timestamp() + make_interval(secs => x.delay)) end
+    from unnest(items) x
+    where t.id = any (own) and t.id = x.task and x.then in ('move', 'park', 'release', 'hold');
+
+    delete from tasks t
+    where t.id = any (array(
+        select x.task from unnest(items) x
+        where x.parent is not null and x.then = 'done' and verdicts[x.i] % 4 = 1));
+
+    select array_agg(distinct t.queue) into rung from tasks t where t.id = any (locking) and t.state = 'ready';
+    perform ring(q) from unnest(rung) q;
+end
+$$;
+
+-- Part of settle_v1: ready as many further items of a window as were done. The run's task is locked.
+create function stepwell.release_next_v1(done bigint[]) returns void
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set plan_cache_mode = force_generic_plan
+    set enable_seqscan = off set enable_bitmapscan = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+    w    record;
+    rung text[];
+begin
+    for w in
+        select t.run_id, t.path[1:cardinality(t.path) - 2] as path, count(*)::int as count
+        from tasks t where t.id = any (done) and t.windowed group by 1, 2
+    loop
+        with moved as (
+            update tasks t set position = t.position + w.count
+            where t.run_id = w.run_id and t.path = w.path and t.kind not in ('wake', 'deliver') and t.kind = 'window'
+            returning t.position),
+        readied as (
+            update tasks t
+            set state = case when t.paused then 'paused' else 'ready' end, turn = nextval('stepwell.turns')
+            from (select w.path || array[k, 1] as path
+                  from moved, generate_series(moved.position - w.count + 1, moved.position) k) n
+            where t.run_id = w.run_id and t.path = n.path and t.kind not in ('wake', 'deliver') and t.kind = 'step'
+              and t.state = 'waiting' and t.attempt = 0
+            returning t.queue)
+        select array_agg(distinct readied.queue) into rung from readied;
+        perform ring(q) from unnest(rung) q;
+    end loop;
 end
 $$;
 
@@ -765,8 +1313,7 @@ as $$
                         where o.run_id = x.run_id and o.epoch = x.epoch and o.path = r.path and o.n = r.n)
 $$;
 
--- Part of flush_v1: apply cancellations and delete their wake tasks. The target rows are locked. A run that a
--- worker executes is told at its next flush; any other ends here, and one in a later epoch was not meant.
+-- Part of flush_v1: apply what wake tasks tell of runs, and delete them. The tasks of these runs are locked.
 create function stepwell.wake_v1(me bigint, items stepwell.transition_v1[], verdicts int[]) returns void
     language plpgsql
     set search_path = pg_catalog, stepwell, pg_temp
@@ -776,32 +1323,132 @@ create function stepwell.wake_v1(me bigint, items stepwell.transition_v1[], verd
 as $$
 #variable_conflict use_column
 declare
-    meant uuid[];
-    idle  bigint[];
+    applied constant bigint[] := array(
+        select x.task from unnest(items) x where x.then = 'wake' and verdicts[x.i] % 4 = 1);
+    meant   uuid[];
+    idle    bigint[];
+    poison  tasks;
 begin
-    select array_agg(x.run_id) into meant
-    from unnest(items) x join runs r on r.id = x.run_id and r.epoch = x.epoch
-    where r.id = any (array(select w.run_id from unnest(items) w where w.then = 'wake'))
-      and x.then = 'wake' and verdicts[x.i] % 4 = 1;
-    -- claimed_by, not state: that has an index of its own, with all that is claimed in it.
-    update tasks t set cancelling = true, wakeups = t.wakeups + 1
-    where t.run_id = any (meant) and t.path = '{}' and t.kind in ('run', 'step') and t.claimed_by is not null;
+    perform tell_v1(applied);
 
-    select array_agg(t.id) into idle
-    from tasks t
-    where t.run_id = any (meant) and t.path = '{}' and t.kind in ('run', 'step') and t.claimed_by is null;
-    if idle is not null then
-        perform stepwell.end_v1(me, idle, 'cancelled', null);
+    -- A cancellation in a later epoch was not meant.
+    select array_agg(x.run_id) into meant
+    from unnest(items) x
+    join tasks w on w.id = any (applied) and w.id = x.task and w.name = 'cancel'
+    join runs r on r.id = x.run_id and r.epoch = x.epoch
+    where r.id = any (array(select w.run_id from unnest(items) w where w.then = 'wake'));
+    if meant is not null then
+        perform cancel_v1(me, meant);
     end if;
 
-    delete from tasks t
-    where t.id = any (array(select x.task from unnest(items) x where x.then = 'wake' and verdicts[x.i] % 4 = 1));
+    for poison in select w.* from tasks w where w.id = any (applied) and w.name = 'poison' loop
+        select array_agg(t.id) into idle
+        from tasks t join runs r on r.id = t.run_id and r.epoch = (poison.args ->> 'epoch')::int
+        where t.run_id = poison.run_id and t.path = '{}' and t.kind not in ('wake', 'deliver');
+        if idle is not null then
+            perform stepwell.end_v1(me, idle, 'blocked', poison.args -> 'reason');
+        end if;
+    end loop;
+
+    delete from tasks t where t.id = any (applied);
+end
+$$;
+
+-- Part of wake_v1: runs are told of their signals, and of what has become of their children. A claimant that is
+-- about to park has to look again; one that waits for this is readied.
+create function stepwell.tell_v1(applied bigint[]) returns void
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set plan_cache_mode = force_generic_plan
+    set enable_seqscan = off set enable_bitmapscan = off
+    set enable_nestloop = off set enable_mergejoin = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+    told uuid[];
+    rung text[];
+begin
+    select array_agg(distinct w.run_id) into told from tasks w where w.id = any (applied) and w.name = 'signal';
+    if told is null then
+        return;
+    end if;
+    with news as (
+        select w.run_id, count(*)::int as count, array_agg(case when w.args ->> 'name' like 'stepwell:child:%' then 'stepwell:child'
+                              else w.args ->> 'name' end) as names,
+               (count(*) filter (where (w.args ->> 'counted')::boolean))::int as counted,
+               coalesce(bool_or((w.args ->> 'counted')::boolean and (w.args ->> 'failed')::boolean), false) as failed
+        from tasks w where w.id = any (applied) and w.name = 'signal'
+        group by w.run_id),
+    readied as (
+        update tasks t
+        set signals = t.signals + n.count,
+            wakeups = t.wakeups + 1,
+            pending = greatest(0, t.pending - n.counted),
+            state = case when wakes.it and t.interruptions >= 2 then 'suspect' when wakes.it then 'ready' else t.state end,
+            fresh = t.fresh and not wakes.it,
+            turn = case when wakes.it then nextval('stepwell.turns') else t.turn end
+        from news n
+        join tasks o on o.run_id = any (told) and o.run_id = n.run_id and o.path = '{}' and o.kind not in ('wake', 'deliver')
+        cross join lateral (
+            select o.state = 'waiting'
+                   and (coalesce(o.awaits && n.names, false) or n.failed or n.counted > 0 and o.pending <= n.counted) as it) wakes
+        where t.run_id = any (told) and t.id = o.id and t.path = '{}' and t.kind not in ('wake', 'deliver')
+        returning t.queue, t.state)
+    select array_agg(distinct readied.queue) into rung from readied where readied.state = 'ready';
+    perform ring(q) from unnest(rung) q;
+end
+$$;
+
+-- Part of wake_v1: cancel runs. One that nobody has ever claimed ends here; any other is driven, so that its body can
+-- clean up. Whoever executes something for it is told.
+create function stepwell.cancel_v1(me bigint, meant uuid[]) returns void
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set plan_cache_mode = force_generic_plan
+    set enable_seqscan = off set enable_bitmapscan = off
+    set enable_nestloop = off set enable_mergejoin = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+    untouched bigint[];
+    rung      text[];
+    owners    bigint[];
+begin
+    select array_agg(t.id) into untouched
+    from tasks t
+    where t.run_id = any (meant) and t.path = '{}' and t.kind not in ('wake', 'deliver') and t.attempt = 0
+      and t.seq = 0;
+    if untouched is not null then
+        perform stepwell.end_v1(me, untouched, 'cancelled', null);
+    end if;
+    perform cancel_children_v1(meant);
+    with cancelled as (
+        update tasks t
+        set cancelling = true, wakeups = t.wakeups + 1, paused = false,
+            state = case when t.claimed_by is not null then t.state when t.interruptions >= 2 then 'suspect' else 'ready' end,
+            fresh = t.fresh and t.claimed_by is not null,
+            turn = case when t.claimed_by is null then nextval('stepwell.turns') else t.turn end
+        where t.run_id = any (meant) and t.path = '{}' and t.kind not in ('wake', 'deliver')
+        returning t.queue, t.state, t.claimed_by),
+    executed as (
+        update tasks t set cancelling = true
+        where t.run_id = any (meant) and t.path > '{}' and t.kind not in ('wake', 'deliver') and t.kind = 'step'
+          and t.claimed_by is not null
+        returning t.claimed_by)
+    select (select array_agg(distinct c.queue) from cancelled c where c.state = 'ready'),
+           (select array_agg(distinct o.claimed_by)
+            from (select claimed_by from cancelled union all select claimed_by from executed) o
+            where o.claimed_by is not null)
+    into rung, owners;
+    perform ring(q) from unnest(rung) q;
+    -- A busy worker listens too, and does not wait for its next flush to hear of it (rare, so I1 stands).
+    perform pg_notify('stepwell', 'worker ' || o) from unnest(owners) o;
 end
 $$;
 
 -- End the runs of these tasks (locked by the caller, claimed by nobody who lives) in a state that no
--- worker decided: cancelled while idle, blocked as poison. They count in shards of their own, behind those of the
--- flush that calls: rows of counters are locked in one order, or two flushes deadlock.
+-- worker decided: cancelled before anybody had it, blocked as poison. They count in shards of their own, behind those
+-- of the flush that calls: rows of counters are locked in one order, or two flushes deadlock.
 create function stepwell.end_v1(me bigint, tasks_to_end bigint[], end_state text, reason json) returns void
     language plpgsql
     set search_path = pg_catalog, stepwell, pg_temp
@@ -829,14 +1476,14 @@ begin
     from tasks t
     where t.id = any (tasks_to_end) and r.id = any (of_runs) and r.id = t.run_id;
 
-    delete from tasks t where t.id = any (tasks_to_end);
+    perform end_families_v1(of_runs);
 end
 $$;
 
 -- For a transactional step: flush_v1 for one transition in the user's own transaction, which must not
--- commit unless it was applied. SW001: fenced. SW002: the user's code ended the transaction that the
+-- commit unless it was applied. SW001: fenced. SW004: not applied, something else was recorded meanwhile. SW002: the user's code ended the transaction that the
 -- worker had opened (the canary is gone), so what it wrote is not bound to this completion.
-create function stepwell.commit_step_v1(me bigint, transitions json, records json, ends json, canary text)
+create function stepwell.commit_step_v1(me bigint, transitions json, records json, ends json, extras json, canary text)
 returns int
     language plpgsql
     set search_path = pg_catalog, stepwell, pg_temp
@@ -847,7 +1494,10 @@ begin
     if current_setting('stepwell.canary', true) is distinct from canary then
         raise exception 'stepwell: the step ended the transaction it was given' using errcode = 'SW002';
     end if;
-    verdict := (stepwell.flush_v1(me, transitions, records, ends))[1];
+    verdict := (stepwell.flush_v1(me, transitions, records, ends, extras))[1];
+    if verdict % 4 = 3 then
+        raise exception 'stepwell: the history has gone on' using errcode = 'SW004';
+    end if;
     if verdict % 4 <> 1 then
         raise exception 'stepwell: the claim was lost' using errcode = 'SW001';
     end if;
@@ -909,6 +1559,14 @@ begin
 end
 $$;
 
+create function stepwell.poisoned(poison_after int) returns json
+    language sql immutable
+as $$
+    select json_build_object(
+        'type', 'PoisonStep',
+        'message', format('the worker process died %s times while it executed nothing but this step', poison_after))
+$$;
+
 -- Second act, repeated until it answers 0 and nothing is left: free the dead worker's tasks, a chunk at a
 -- time, skipping rows that a backend of its still locks. An execution may have been interrupted in each:
 -- the next claimant records that. From the second death on, a task is a suspect and is tried alone; one
@@ -924,24 +1582,28 @@ as $$
 declare
     ids    bigint[];
     poison bigint[];
+    steps  bigint[];
     rung   text[];
 begin
     if exists (select from workers w where w.id = dead and w.dead_at is null) then
         raise exception 'stepwell: worker % was not buried', dead using errcode = '55000';
     end if;
     select array_agg(f.id order by f.id),
-           array_agg(f.id order by f.id) filter (where f.kind = 'run' and f.solo and f.solo_deaths + 1 >= poison_after)
-    into ids, poison
+           array_agg(f.id order by f.id) filter (where f.kind = 'run' and f.solo and f.solo_deaths + 1 >= poison_after),
+           array_agg(f.id order by f.id) filter (where f.kind = 'step' and f.solo and f.solo_deaths + 1 >= poison_after)
+    into ids, poison, steps
     from (select t.id, t.kind, t.solo, t.solo_deaths from tasks t
           where t.state = 'claimed' and t.claimed_by = dead limit at_most for update skip locked) f;
     if poison is not null then
-        perform stepwell.end_v1(dead, poison, 'blocked', json_build_object(
-            'type', 'PoisonStep',
-            'message', format('the worker process died %s times while it executed nothing but this step', poison_after)));
+        perform stepwell.end_v1(dead, poison, 'blocked', poisoned(poison_after));
     end if;
+    -- The task of its run is not locked here, so that a flush has to block it.
+    perform wake(t.run_id, 'poison', json_build_object('epoch', r.epoch, 'reason', poisoned(poison_after)))
+    from tasks t join runs r on r.id = t.run_id where t.id = any (steps);
     with freed as (
         update tasks t
-        set state = case when t.kind = 'run' and t.interruptions >= 1 then 'suspect' else 'ready' end,
+        set state = case when t.id = any (steps) then 'waiting' when t.paused then 'paused'
+                         when t.kind in ('run', 'step') and t.interruptions >= 1 then 'suspect' else 'ready' end,
             claimed_by = null, fresh = false, turn = nextval('stepwell.turns'), interrupted = true,
             interruptions = t.interruptions + 1, solo_deaths = t.solo_deaths + t.solo::int, solo = false
         where t.id = any (ids)
@@ -991,7 +1653,8 @@ do $$
 begin
     if exists (select from pg_roles where rolname = 'stepwell_producer') then
         grant usage on schema stepwell to stepwell_producer;
-        grant execute on function stepwell.enqueue, stepwell.enqueue_many, stepwell.cancel to stepwell_producer;
+        grant execute on function stepwell.enqueue, stepwell.enqueue_many, stepwell.signal, stepwell.cancel
+            to stepwell_producer;
         grant select on stepwell.workflows to stepwell_producer;      -- to check a name and an input; no payload
     end if;
     if exists (select from pg_roles where rolname = 'stepwell_viewer') then

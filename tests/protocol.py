@@ -31,7 +31,7 @@ FENCED, APPLIED, ALREADY, CANCELLING = 0, 1, 2, 4
 NO_FLOORS = [0] * 20
 STATEMENT_SECONDS = 20
 """A statement that a test leaves waiting for a lock ends by itself."""
-TABLES = ("runs", "keys", "tasks", "outbox", "workers", "workflows", "counters", "doorbell")
+TABLES = ("runs", "keys", "tasks", "outbox", "signals", "state", "stream", "workers", "workflows", "counters", "doorbell")
 
 _ids = itertools.count(2_000_001)
 

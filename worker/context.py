@@ -12,15 +12,17 @@ import uuid as _uuid
 from collections.abc import Awaitable
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import msgspec
 
 from outbox.errors import ConfigError
+from worker.replay.calls import SleepCall
 from worker.replay.records import dotted
 
 if TYPE_CHECKING:
-    from worker.definitions import Step
+    from worker.definitions import Workflow
+    from worker.replay.calls import Call, JoinCall, Started
     from worker.replay.records import Path, RunFacts
 
 T = TypeVar("T")
@@ -31,12 +33,43 @@ class Drive(Protocol):
 
     facts: RunFacts
 
-    def step_call(self, step: Step[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Perform a def step and return its value; return an awaitable for an async one."""
+    def perform(self, call: Call) -> Any:
+        """Return the outcome of a call."""
         ...
 
-    def sleep_call(self, seconds: float | None, until: datetime | None) -> Awaitable[None]:
-        """Return the awaitable of a durable sleep."""
+    def join(self, call: JoinCall) -> Any:
+        """Run branches side by side."""
+        ...
+
+    def discarding(self) -> bool:
+        """Tell whether the body, or the branch that runs, is being discarded."""
+        ...
+
+    def forgotten(self, what: str) -> None:
+        """Remember a call that was dropped without being made."""
+        ...
+
+    def patched(self, name: str, *, retired: bool = False) -> bool:
+        """Tell whether this run takes the way that a patch has opened."""
+        ...
+
+    def show(self, key: str, value: Any) -> None:
+        """Show a value to whoever looks at the run."""
+        ...
+
+    def emit(self, name: str, value: Any) -> None:
+        """Append a value to a stream of the run."""
+        ...
+
+    def begin_child(
+        self, workflow: Workflow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, detached: bool,
+        deadline: float | None,
+    ) -> Started:  # fmt: skip
+        """Have a child made."""
+        ...
+
+    def continue_as(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+        """Start the run anew."""
         ...
 
     def wait(self, awaitable: Awaitable[T]) -> T:
@@ -64,18 +97,20 @@ class StepInfo(msgspec.Struct, frozen=True):
     """The execution of a step, as the step itself may know it.
 
     `execution` counts from 1. `fence` is an integer that grows with every execution in this run, for stores that
-    can compare it.
+    can compare it. `key_epoch` is the epoch of the run's last rewind or fresh start.
     """
 
     run_id: _uuid.UUID
     path: Path
     execution: int
     fence: int
+    key_epoch: int = 0
 
     @property
     def idempotency_key(self) -> str:
         """What stays the same over all executions of this call, and differs from every other call's."""
-        return f"{self.run_id}:{dotted(self.path)}"
+        again = f":{self.key_epoch}" if self.key_epoch else ""
+        return f"{self.run_id}:{dotted(self.path)}{again}"
 
 
 current_drive: ContextVar[Drive | None] = ContextVar("stepwell_drive", default=None)
@@ -120,6 +155,11 @@ def current_step() -> StepInfo:
     return execution[1]
 
 
+def in_step() -> bool:
+    """Tell whether the code that runs now is the execution of a step."""
+    return _execution.get() is not None and current_drive.get() is None
+
+
 def sleep(duration: float | timedelta) -> Awaitable[None]:
     """Wait durably for so many seconds.
 
@@ -129,7 +169,7 @@ def sleep(duration: float | timedelta) -> Awaitable[None]:
     if not (math.isfinite(seconds) and seconds >= 0):
         raise ValueError(f"sleep() takes a number of seconds that is not negative, got {duration!r}")
     drive = current_drive.get()
-    return _sleep_plainly(seconds) if drive is None else drive.sleep_call(seconds, None)
+    return _sleep_plainly(seconds) if drive is None else SleepCall(drive, seconds, None)
 
 
 def sleep_until(moment: datetime) -> Awaitable[None]:
@@ -139,7 +179,7 @@ def sleep_until(moment: datetime) -> Awaitable[None]:
     drive = current_drive.get()
     if drive is None:
         return _sleep_plainly(max(0.0, (moment - datetime.now(UTC)).total_seconds()))
-    return drive.sleep_call(None, moment.astimezone(UTC))
+    return SleepCall(drive, None, moment.astimezone(UTC))
 
 
 def wait(awaitable: Awaitable[T]) -> T:

@@ -32,7 +32,8 @@ from worker.apps import load_app
 from worker.context import current_drive
 from worker.kinds import TransactionKind, kind_of
 from worker.registry import Registry, collecting, registry
-from worker.retries import RetryPolicy
+from worker.replay.calls import ChildCall, StepCall
+from worker.retries import RetryPolicy, retrying
 
 if TYPE_CHECKING:
     from typing import Self
@@ -56,6 +57,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S")
 T = TypeVar("T")
+
+
+STEP_TASK = "step:"
+"""What stands before the name of a step where tasks are named by what their claimant must know."""
 
 
 class _NotDone:
@@ -158,6 +163,10 @@ class Definition(Generic[P, R]):
             f"defines it, or decorate a class method of {accessed.__qualname__}"
         )
 
+    def payload_of(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the positional arguments of a call without what is no payload."""
+        return self._without_class(args) if self._given_class else args
+
     def _without_class(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         accessed, *rest = args
         if accessed is not self._found_owner(accessed):
@@ -193,6 +202,8 @@ class Step(Definition[P, R]):
         on_crash: options.OnCrash = "retry",
         verify: Callable[..., Any] | None = None,
         raises: type[Exception] | tuple[type[Exception], ...] = (),
+        queue: str | None = None,
+        undo: Callable[..., Any] | None = None,
         transactional: bool = False,
     ) -> None:
         if transactional:
@@ -204,7 +215,11 @@ class Step(Definition[P, R]):
         self.on_crash: options.OnCrash = self._checked(lambda: options.on_crash(on_crash))
         self.verify = self._checked(lambda: options.verify(verify, parameters[self.skipped :]))
         self.raises = self._checked(lambda: options.raises(raises))
+        self.queue = None if queue is None else self._checked(lambda: options.queue(queue))
         self.transaction = self._checked(lambda: self._kind(parameters)) if transactional else None
+        self.undo = None if undo is None else self._checked(lambda: self._undone_by(undo))
+        self.claimed_as = f"{STEP_TASK}{self.name}"
+        """What a worker must know to execute it as a task of its own."""
         self.is_careful = verify is not None or self.on_crash == "hold"
         """Whether it matters to what happens next that an execution had started."""
 
@@ -212,12 +227,25 @@ class Step(Definition[P, R]):
         drive = current_drive.get()
         if drive is None:
             return self._called_plainly(*args, **kwargs)  # type: ignore[no-any-return]  # as below
-        if self._given_class:
-            return drive.step_call(self, self._without_class(args), kwargs)  # type: ignore[no-any-return]
-        return drive.step_call(self, args, kwargs)  # type: ignore[no-any-return]  # a drive gives what the function gives
+        call = StepCall(drive, self, self.payload_of(args) if self._given_class else args, kwargs)
+        made: Any = call if self.is_async else call.perform()
+        return made  # type: ignore[no-any-return]  # a drive gives what the function gives
 
     def _called_plainly(self, *args: Any, **kwargs: Any) -> Any:
         return (self.plain if self._given_class else self.function)(*args, **kwargs)
+
+    def _undone_by(self, undo: Callable[..., Any]) -> Step[..., Any]:
+        """Return the step that undoes this one; of a plain function, one that is tried again as this one is."""
+        made = undo if isinstance(undo, Step) else Step(
+            undo, f"{self.name}.undo", retry=self.retry or retrying(), timeout=self.timeout
+        )  # fmt: skip
+        strange = [name for name in made.signature.parameters if name not in self.signature.parameters]
+        if len(strange) > 1:
+            raise ConfigError(
+                f"undo= is called with the arguments of the step by their names, and with its result in one more "
+                f"parameter; {made.plain.__qualname__} has {', '.join(map(repr, strange))}"
+            )
+        return made
 
     def _kind(self, parameters: list[inspect.Parameter]) -> TransactionKind:
         if self.verify is not None:
@@ -233,14 +261,27 @@ class Workflow(Definition[P, R]):
     sort = "workflow"
 
     def __init__(
-        self, decorated: Any, name: str | None = None, *, queue: str = "default", strict: bool = False
+        self,
+        decorated: Any,
+        name: str | None = None,
+        *,
+        queue: str = "default",
+        strict: bool = False,
+        version: str = "",
     ) -> None:
         super().__init__(decorated, name)
         self.queue = self._checked(lambda: options.queue(queue))
         self.strict = bool(strict)
-        self.version = ""
+        self.version = self._checked(lambda: options.version(version))
+        self.claimed_as = f"{self.name}@{self.version}" if self.version else self.name
+        """What a worker must know to advance its runs."""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        drive = current_drive.get()
+        if drive is not None:
+            call = ChildCall(drive, self, self.payload_of(args), kwargs)
+            made: Any = call if self.is_async else call.perform()
+            return made  # type: ignore[no-any-return]  # a drive gives what the function gives
         return (self.plain if self._given_class else self.function)(*args, **kwargs)  # type: ignore[no-any-return]
 
 
@@ -286,6 +327,8 @@ def step(
     on_crash: options.OnCrash = "retry",
     verify: Callable[..., Any] | None = None,
     raises: type[Exception] | tuple[type[Exception], ...] = (),
+    queue: str | None = None,
+    undo: Callable[..., Any] | None = None,
 ) -> _StepDecorator: ...
 def step(function: Any = None, /, **given: Any) -> Any:
     """Make a function a step: executed once and recorded.
@@ -294,7 +337,9 @@ def step(function: Any = None, /, **given: Any) -> Any:
     `on_crash` says what follows an execution that never answered: "retry" executes again with the same
     idempotency key, "hold" waits for a person. `verify` is called with the step's arguments before every
     execution but the first; it returns the result, or NOT_DONE. `raises` are the exception classes that a body
-    gets back as they are; every other failure reaches it as StepFailed.
+    gets back as they are; every other failure reaches it as StepFailed. `queue`: only workers of that queue execute it.
+    `undo` is a step or a function that undoes it when its run fails or is cancelled: it is called with the step's
+    arguments by their names, and with its result in the one parameter that has another name, if there is one.
     """
     return _decorated(_registered_step, function, given)
 
@@ -313,6 +358,8 @@ def transaction(
     timeout: float | timedelta | None = None,
     on_crash: options.OnCrash = "retry",
     raises: type[Exception] | tuple[type[Exception], ...] = (),
+    queue: str | None = None,
+    undo: Callable[..., Any] | None = None,
 ) -> _TransactionDecorator: ...
 def transaction(function: Any = None, /, **given: Any) -> Any:
     """Make a function a step whose writes and whose record commit together: exactly once.
@@ -331,13 +378,14 @@ def workflow(function: classmethod[T, P, R], /) -> Workflow[P, R]: ...
 def workflow(function: Callable[P, R], /) -> Workflow[P, R]: ...
 @overload
 def workflow(
-    *, name: str | None = None, queue: str = "default", strict: bool = False
+    *, name: str | None = None, queue: str = "default", strict: bool = False, version: str = ""
 ) -> _WorkflowDecorator: ...
 def workflow(function: Any = None, /, **given: Any) -> Any:
     """Make a function a workflow: the deterministic plan of a run.
 
     `strict` blocks a run whose replay calls a recorded step with other arguments than before; else that is
-    only counted.
+    only counted. Runs of a `version` are advanced only by workers that have that version; several may stand side by
+    side in one app.
     """
     return _decorated(_registered_workflow, function, given)
 
@@ -350,6 +398,8 @@ def _decorated(register: Callable[..., Any], function: Any, given: dict[str, Any
 def _registered_step(function: Any, /, **given: Any) -> Step[..., Any]:
     made: Step[..., Any] = Step(function, **given)
     registry().add_step(made)
+    if made.undo is not None and made.undo.name not in registry().steps:
+        registry().add_step(made.undo)
     return made
 
 

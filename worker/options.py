@@ -20,6 +20,10 @@ def name(given: Any, default: str) -> str:
     chosen = default.rpartition("<locals>.")[2] if given is None else given
     if not isinstance(chosen, str) or not chosen.strip() or not chosen.isprintable():
         raise ConfigError(f"name= takes a printable text, got {given!r}")
+    if "@" in chosen or chosen.startswith("step:"):
+        raise ConfigError(
+            f"a name has no @, which stands before a version, and does not begin with step:, got {chosen!r}"
+        )
     return chosen
 
 
@@ -27,6 +31,13 @@ def queue(given: Any) -> str:
     """Return the name of a queue."""
     if not isinstance(given, str) or not given.strip() or not given.isprintable():
         raise ConfigError(f"queue= takes the name of a queue, got {given!r}")
+    return given
+
+
+def version(given: Any) -> str:
+    """Return the version of a workflow, '' for none."""
+    if not isinstance(given, str) or not given.isprintable() or given.strip() != given or "@" in given:
+        raise ConfigError(f"version= takes a printable text without @, got {given!r}")
     return given
 
 

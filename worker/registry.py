@@ -16,7 +16,7 @@ D = TypeVar("D", bound="Definition[..., Any]")
 
 
 class Registry:
-    """Workflows and steps by name."""
+    """Steps by name, workflows by name or, if they have a version, by ``name@version``."""
 
     def __init__(self) -> None:
         self.steps: dict[str, Step[..., Any]] = {}
@@ -24,11 +24,11 @@ class Registry:
 
     def add_step(self, step: Step[..., Any]) -> None:
         """Register a step. Raises ConfigError when its name is taken."""
-        _add(self.steps, step)
+        _add(self.steps, step, step.name)
 
     def add_workflow(self, workflow: Workflow[..., Any]) -> None:
         """Register a workflow. Raises ConfigError when its name is taken."""
-        _add(self.workflows, workflow)
+        _add(self.workflows, workflow, workflow.claimed_as)
 
     def resolve(self) -> None:
         """Resolve annotations that named what came later in their modules. Raises ConfigError."""
@@ -56,11 +56,11 @@ def collecting() -> Iterator[Registry]:
         _collecting.reset(token)
 
 
-def _add(definitions: dict[str, D], new: D) -> None:
-    known = definitions.get(new.name)
+def _add(definitions: dict[str, D], new: D, as_name: str) -> None:
+    known = definitions.get(as_name)
     if known is not None and not _replaces(known.plain, new.plain):
         raise ConfigError(_taken(known, new))
-    definitions[new.name] = new
+    definitions[as_name] = new
 
 
 def _replaces(known: Callable[..., Any], new: Callable[..., Any]) -> bool:

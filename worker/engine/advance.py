@@ -1,209 +1,172 @@
 """Advance one claimed run: drive its body, execute what it decides, commit, until it parks or ends.
 
-One `Advance` for each claim, in one task of the engine. It reads as a loop over `Turn`s: a decision of the
-body with the records that must be durable before it is acted upon (I7). Nothing here decides whether the claim
-still stands: each write carries the fence, and the first that is refused ends the advance, silently for the
-run, counted for the operator.
+One `Advance` for each claim, in one task of the engine. A step that is the only thing that the body waits for is
+executed under this claim; several calls at once, and steps with a queue of their own, become tasks, and the run parks
+(`worker.engine.spreading`). `doing` is empty for a first call, whose step starts without a flush of its own; only a
+step with `verify` or `hold` is moved to before it starts, because for those it matters whether it had started.
 
-Executions are counted by what is recorded. One that was interrupted is recorded by the next claimant, in the
-flush before it acts: `claim.interrupted` says that the last claim died, `doing` which call it was at. `doing` is
-empty for a first call, whose step starts without a flush of its own; only a step with `verify` or `hold` is
-moved to before it starts, because for those it matters whether it had started.
+What this claim records itself (sleeps, signals, results of children, a cancellation) while tasks of its run may record
+something as well, it records only if nothing else was (`strict`): the order of the records is what the body goes by.
+Otherwise the history is read again.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
-from typing import Any, assert_never
+from collections.abc import Iterable
+from typing import Any
 
 import msgspec
 
 from outbox.codec import encode_fault
 from outbox.errors import HistoryMismatch
-from outbox.settings import Settings
-from worker.context import StepInfo
-from worker.definitions import Step, Workflow
-from worker.engine.claims import Claim
-from worker.engine.committer import Committer
-from worker.engine.reports import bug, ended_transaction, held, log_end, refused
-from worker.engine.transitions import Receipt, Verdict, Writing, encode, receipt_of
-from worker.engine.turns import Cancel, Park, Release, Standing, Turn
-from worker.replay.decisions import Block, Decision, DoStep, Sleep
-from worker.replay.driver import Guard, Replay
+from worker.definitions import Workflow
+from worker.engine.claimed import Claimed, Means, with_earlier
+from worker.engine.claims import Claim, Mail
+from worker.engine.mailbox import Mailbox
+from worker.engine.reports import held
+from worker.engine.spreading import extras_of, held_only, spread
+from worker.engine.transitions import Extra
+from worker.engine.turns import Park, Standing, Turn
+from worker.replay.decisions import Await, Block, Decision, DoStep, Settle, Sleep
+from worker.replay.driver import Replay
 from worker.replay.records import Record, visible
-from worker.retries import Retry, failures_of
-from worker.steps.execution import (
-    Answered,
-    Call,
-    CutShort,
-    Executor,
-    NotDone,
-    Outcome,
-    Raised,
-    TimedOut,
-    uncancel,
-)
-from worker.steps.transactions import (
-    Committed,
-    Documents,
-    EndedByStep,
-    Lost,
-    Refused,
-    Repeat,
-    Transactions,
-    Uncertain,
-)
 from worker.telemetry import metrics
 
-logger = logging.getLogger(__name__)
 
-HELD_WAIT_SECONDS = 1.0
-"""A retry that waits longer than this holds no slot: the run parks."""
-BUSY_THREAD_SECONDS = 1.0
-"""How long a call waits whose abandoned thread still lives in this process."""
-UNWRITABLE_SECONDS = 5.0
-"""How long a run waits whose very end is refused: only a person can help, and its step must not be executed again."""
-MAX_REPEATS = 20
-REPEAT_SECONDS = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class Means:
-    """What every advance of one process shares. `leaving` tells whether runs are to be given back."""
-
-    committer: Committer
-    executor: Executor
-    transactions: Transactions
-    settings: Settings
-    guard: Guard
-    leaving: Callable[[], bool]
-
-    def slots(self, step: Step[..., Any]) -> tuple[asyncio.Semaphore, ...]:
-        """Return what an execution of the step needs beside its run's own slot: a connection, a thread."""
-        connection = () if step.transaction is None else (self.transactions.connections,)
-        return connection if step.is_async else (*connection, self.executor.threads)
-
-
-class Advance:
-    """One claim of one run. `history` is the run's whole recorded history; `parked` tells how it came out."""
+class Advance(Claimed):
+    """One claim of one run. `history` is the run's recorded history, `mail` what was sent to it and not taken."""
 
     def __init__(
         self,
         claim: Claim,
         workflow: Workflow[..., Any],
         history: list[Record],
+        mail: Iterable[Mail],
         means: Means,
         claimed_at: float,
     ) -> None:
-        self.claim = claim
-        self.parked = False
+        super().__init__(claim, Standing(claim, history, claimed_at), means)
         self._workflow = workflow
-        self._means = means
-        self._standing = Standing(claim, history, claimed_at)
+        self._history: list[Record] | None = history
+        self._mailbox = Mailbox(mail)
         self._replay: Replay | None = None
-        self._repeats = self._begun = 0
-        self._task: asyncio.Task[Any] | None = None
-        self._interruptible = False
 
-    # -- for the engine
+    # -- turns
 
-    async def run(self) -> None:
-        """Advance until the run parks, ends, or the claim is lost."""
-        self._task = asyncio.current_task()
-        try:
-            turn: Turn | None = self._opening()
-            while turn is not None:
-                turn = await self._carry_out(turn)
-        except Exception as error:
-            logger.exception("an advance failed", extra={"run_id": str(self.claim.run_id)})
-            await self._give_up(error)
-        finally:
-            self._close_replay()
+    async def _opening(self) -> Turn:
+        standing = self._standing
+        passed = standing.deadline_passed()
+        if passed is not None and standing.driven < 0:
+            return Turn(passed)
+        decision = self._driven(self._history or [])
+        self._history = None  # the replay has what it needs of it
+        if isinstance(decision, Block):
+            return Turn(decision)
+        if self.claim.cancelling and not standing.cancelled:
+            return self._cancelled()
+        return Turn(decision) if passed is None else self._expired()
 
-    def cut(self) -> None:
-        """End the execution or wait that is under way; it is recorded as interrupted, and the run released."""
-        if self._interruptible and self._task is not None:
-            self._task.cancel()
+    async def _again(self) -> Turn:
+        """Drive anew: what was recorded meanwhile comes before what this claim wanted to record."""
+        await self._read_again()
+        return await self._opening()
 
-    async def _give_up(self, error: Exception) -> None:
-        """Block the run after a bug of ours: given back, it would meet it again, and execute its step each time."""
-        writing = self._standing.writing(Turn(bug(error)))
-        if writing is not None:
-            await self._means.committer.commit(writing)
+    async def _rewind(self) -> None:
+        await self._read_again()
+        self._driven(self._history or [])
+        self._history = None
 
-    # -- the loop
+    async def _read_again(self) -> None:
+        claim = self.claim
+        self._history = (await self._means.histories([claim]))[claim.run_id]
+        self._mailbox = Mailbox((await self._means.mail([claim.run_id]))[claim.run_id])
+        self._standing.take_in(self._history)
 
-    def _opening(self) -> Turn:
-        if self.claim.cancelling:
-            return Turn(Cancel())
-        return Turn(self._standing.deadline_passed() or self._driven())
-
-    def _driven(self) -> Decision:
+    def _driven(self, history: list[Record]) -> Decision:
         """Drive a new body through what is recorded."""
-        self._close_replay()
-        history = self._standing.history
+        self._close()
+        standing = self._standing
         try:
             applying = visible(history) if history else []
         except HistoryMismatch as mismatch:
             return Block("history mismatch", encode_fault(mismatch))
         self._replay = Replay(
-            self._workflow, self.claim.input, self._standing.facts, applying, guard=self._means.guard
-        )
+            self._workflow, self.claim.input, standing.facts, applying, driven=standing.driven,
+            attempted=standing.attempted, guard=self._means.guard,
+        )  # fmt: skip
         return self._replay.start()
 
-    async def _carry_out(self, turn: Turn) -> Turn | None:
-        """Write what the turn needs to be durable, then act on it; None when this claim is over."""
-        if not turn.written:
-            turn = self._prepared(turn)
-            writing = self._standing.writing(turn)
-            if writing is not None:
-                receipt = await self._means.committer.commit(writing)
-                if receipt.refused is not None and isinstance(turn.decision, Block):
-                    logger.error(
-                        "the database refuses even the end of a run", extra={"run_id": str(self.claim.run_id)}
-                    )
-                    await asyncio.sleep(UNWRITABLE_SECONDS)
-                after = self._judged(receipt, turn, writing)
-                if after is not turn:
-                    return after
-        if type(turn.decision) is DoStep:
-            return await self._execute(turn.decision, turn.wait_seconds)
-        return None
+    def _concluded(self, record: Record) -> Turn:
+        return Turn(self._delivered(record), (record,))
 
-    def _judged(self, receipt: Receipt, turn: Turn, writing: Writing) -> Turn | None:
-        """Return the same turn when it was applied and can be acted upon, else what to do instead."""
-        if receipt.refused is not None:
-            return Turn(refused(receipt.refused))
-        if receipt.verdict is Verdict.FENCED:
-            self._lost()
-            return None
-        self._standing.applied(turn, writing)
-        if writing.end is not None:
-            metrics.run_seconds(self.claim.name).observe(self._standing.seconds())
-            log_end(self.claim.run_id, self.claim.name, writing.end)
-        self.parked = writing.transition.then == "park"
-        if writing.transition.then != "move":
-            return None
-        if receipt.cancelling:
-            return Turn(Cancel())
-        return Turn(Release()) if self._means.leaving() else turn
+    def _delivered(self, record: Record) -> Decision:
+        assert self._replay is not None
+        return self._replay.deliver(record)
 
-    def _lost(self) -> None:
-        metrics.FENCED.inc()
-        logger.warning("a claim was lost; its write was refused", extra={"run_id": str(self.claim.run_id)})
+    def _cancelled(self, records: tuple[Record, ...] = ()) -> Turn:
+        return self._ended_early(self._standing.record_cancellation(), records)
+
+    def _expired(self, records: tuple[Record, ...] = ()) -> Turn:
+        return self._ended_early(self._standing.record_deadline(), records)
+
+    def _ended_early(self, record: Record, records: tuple[Record, ...]) -> Turn:
+        """Have the body clean up. It and the undo are no more cut short by the deadline."""
+        assert self._replay is not None
+        strict = self._replay.branched
+        self._standing.cancelled = True
+        return Turn(self._delivered(record), (*records, record), strict=strict)
+
+    def _held(self, step: DoStep, records: tuple[Record, ...]) -> Turn:
+        return Turn(held(step), records)
+
+    def _close(self) -> None:
+        if self._replay is not None:
+            if self._replay.drifts:
+                metrics.DRIFT.inc(len(self._replay.drifts))
+            self._replay.close()
+            self._replay = None
 
     # -- before a turn is written
 
     def _prepared(self, turn: Turn) -> Turn:
         """Return the turn with what was not the body's to decide: interruptions, holds, waits that are over."""
-        while type(turn.decision) is Sleep:
-            turn = self._prepared_sleep(turn.decision, turn.records)
-        return self._prepared_step(turn.decision, turn) if type(turn.decision) is DoStep else turn
+        while True:
+            decision = turn.decision
+            if type(decision) is DoStep:
+                turn = self._prepared_step(decision, turn)
+                break
+            if type(decision) is Sleep:
+                after = self._prepared_sleep(decision, turn)
+            elif type(decision) is Await:
+                after = self._prepared_await(decision, turn)
+            elif type(decision) is Settle and not decision.fresh and not self._standing.pending:
+                assert self._replay is not None
+                after = msgspec.structs.replace(turn, decision=self._replay.settled())
+            else:
+                break
+            if type(after.decision) is type(decision) and after is turn:
+                break
+            turn = after
+        return self._with_effects(turn)
+
+    def _with_effects(self, turn: Turn) -> Turn:
+        """Add what the body has done beside its calls."""
+        if self._replay is None:
+            return turn
+        self._standing.branched = self._standing.branched or self._replay.branched
+        effects = self._replay.take_effects()
+        more: list[Extra] = []
+        records: tuple[Record, ...] = ()
+        if effects is not None:
+            more = extras_of(effects)
+            records = tuple(self._standing.record_patch(number, name) for number, name in effects.patches)
+        if type(turn.decision) is Settle:
+            more += settling(turn.decision)
+        if not more and not records:
+            return turn
+        return msgspec.structs.replace(
+            turn, records=(*turn.records, *records), extras=(*turn.extras, *more), written=False
+        )
 
     def _prepared_step(self, step: DoStep, turn: Turn) -> Turn:
         standing, records = self._standing, turn.records
@@ -214,16 +177,16 @@ class Advance:
             standing.interrupted = False
             recorded = standing.record_interruption(step)
             records = (*records, recorded)
-            step = _with_earlier(step, recorded)
+            step = with_earlier(step, recorded)
         executions = standing.executions(step)
         if executions and executions[-1].outcome == "interrupted" and step.step.on_crash == "hold":
-            return Turn(held(step), records)
+            return msgspec.structs.replace(turn, decision=held(step), records=records)
         due_in = standing.due_in(step.path)
         if due_in is not None and due_in > 0 and not records:
-            return Turn(Park(step.path, standing.cut_by_deadline(due_in)))
-        return Turn(step, records, turn.wait_seconds)
+            return msgspec.structs.replace(turn, decision=Park(step.path, standing.cut_by_deadline(due_in)))
+        return msgspec.structs.replace(turn, decision=step, records=records)
 
-    def _prepared_sleep(self, sleep: Sleep, records: tuple[Record, ...]) -> Turn:
+    def _prepared_sleep(self, sleep: Sleep, turn: Turn) -> Turn:
         standing = self._standing
         left = standing.due_in(sleep.path)
         if left is None:
@@ -234,217 +197,42 @@ class Advance:
             )
         if left <= 0:
             recorded = standing.record_sleep(sleep.path)
-            return Turn(self._delivered(recorded), (*records, recorded))
+            decision: Any = self._delivered(recorded)
+            return msgspec.structs.replace(turn, decision=decision, records=(*turn.records, recorded))
         remaining = standing.remaining()
         if sleep.until is not None and (remaining is None or left < remaining):
-            return Turn(Park(sleep.path, None, sleep.until), records)
-        return Turn(Park(sleep.path, standing.cut_by_deadline(left)), records)
+            park = Park(sleep.path, None, sleep.until)
+        else:
+            park = Park(sleep.path, standing.cut_by_deadline(left))
+        return msgspec.structs.replace(turn, decision=park)
 
-    # -- executing
-
-    async def _execute(self, step: DoStep, wait_seconds: float) -> Turn | None:
-        self._interruptible = True
-        try:
-            if wait_seconds:
-                await asyncio.sleep(wait_seconds)
-            slots = self._means.slots(step.step)
-            if not slots:
-                return await self._execute_now(step)
-            async with AsyncExitStack() as taken:
-                await self._take(slots, taken)
-                return await self._execute_now(step)
-        except asyncio.CancelledError:
-            if not uncancel():
-                raise
-            return Turn(Release())  # it waited for its turn: nothing had started
-        finally:
-            self._interruptible = False
-
-    async def _take(self, slots: Sequence[asyncio.Semaphore], taken: AsyncExitStack) -> None:
-        """Wait for the slots that a step needs, but not beyond the deadline, which is found to have passed then."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._standing.remaining()):
-                for slot in slots:
-                    await taken.enter_async_context(slot)
-
-    async def _execute_now(self, step: DoStep) -> Turn | None:
-        instead = self._instead_of(step)
-        if instead is not None:
-            return instead
-        started = time.monotonic()
-        try:
-            if step.step.transaction is not None:
-                return await self._execute_transaction(step)
-            return self._after(step, await self._outcome(step))
-        finally:
-            metrics.step_seconds(step.step.name).observe(time.monotonic() - started)
-
-    def _instead_of(self, step: DoStep) -> Turn | None:
-        """Return what has to be done instead of executing a step now."""
-        if self._means.leaving():
-            return Turn(Release())
-        if self._means.executor.is_abandoned(self.claim.run_id, step.path):
-            return Turn(Park(step.path, BUSY_THREAD_SECONDS))
-        passed = self._standing.deadline_passed()
-        return None if passed is None else Turn(passed)
-
-    def _outcome(self, step: DoStep) -> Awaitable[Outcome]:
-        call, timeout = self._call(step), self._timeout(step)
-        if step.earlier and step.step.verify is not None:
-            return self._verified(call, timeout)
-        return self._means.executor.execute(call, timeout)
-
-    async def _verified(self, call: Call, timeout: float | None) -> Outcome:
-        verified = await self._means.executor.verify(call, timeout)
-        return (
-            await self._means.executor.execute(call, timeout) if isinstance(verified, NotDone) else verified
-        )
-
-    def _call(self, step: DoStep) -> Call:
-        standing = self._standing
-        info = StepInfo(self.claim.run_id, step.path, len(step.earlier) + 1, standing.fence)
-        return Call(step.step, step.arguments, standing.facts, info, self._means.settings.max_payload_bytes)
-
-    def _timeout(self, step: DoStep) -> float | None:
-        timeout, remaining = step.step.timeout, self._standing.remaining()
-        if timeout is None or remaining is None:
-            return remaining if timeout is None else timeout
-        return min(timeout, remaining)
-
-    # -- after an execution
-
-    def _after(self, step: DoStep, outcome: Outcome) -> Turn:
-        match outcome:
-            case Answered(value):
-                recorded = self._standing.record_step(step, 0, "completed", value=value)
-                return Turn(self._delivered(recorded), (recorded,))
-            case Raised(error, final):
-                return self._failed(step, error, final=final)
-            case TimedOut():
-                return self._timed_out(step)
-            case CutShort():
-                return Turn(Release(), (self._standing.record_interruption(step),))
-            case _:
-                assert_never(outcome)
-
-    def _timed_out(self, step: DoStep) -> Turn:
-        passed = self._standing.deadline_passed()
-        if passed is not None:
-            return Turn(passed, (self._standing.record_interruption(step),))
-        if step.step.on_crash == "hold":
-            return Turn(held(step), (self._standing.record_interruption(step),))
-        return self._failed(
-            step, TimeoutError(f"no answer within {step.step.timeout or 0:g} s"), interrupted=True
-        )
-
-    def _failed(
-        self, step: DoStep, error: BaseException, *, final: bool = False, interrupted: bool = False
-    ) -> Turn:
-        """Judge a failure by the step's policy: deliver it, or try again here or later.
-
-        A time-out is an interruption that the policy counts.
-        """
-        standing = self._standing
-        fault = (
-            {"type": "TimeoutError", "message": str(error)}
-            if interrupted
-            else encode_fault(error, step.step.raises)
-        )
-        executions = standing.executions(step)
-        outcome = "interrupted" if interrupted else "failed"
-        failed = standing.record_step(step, len(executions) + 1, outcome, error=fault)
-        verdict = None
-        if step.step.retry is not None and not final:
-            verdict = step.step.retry.decide(failures_of([*executions, failed]), error)
-        if not isinstance(verdict, Retry):
-            recorded = standing.record_step(step, 0, "failed", error=fault)
-            return Turn(self._delivered(recorded), (recorded,))
-        wait = verdict.seconds
-        if self._means.executor.is_abandoned(self.claim.run_id, step.path):
-            wait = max(wait, HELD_WAIT_SECONDS + BUSY_THREAD_SECONDS)
-        if wait > HELD_WAIT_SECONDS:
-            return Turn(Park(step.path, standing.cut_by_deadline(wait)), (failed,))
-        return Turn(_with_earlier(step, failed), (failed,), wait_seconds=wait)
-
-    # -- transactional steps
-
-    async def _execute_transaction(self, step: DoStep) -> Turn | None:
-        concluded: list[tuple[Turn, Writing]] = []
-
-        def conclude(value: Any) -> Documents:
-            recorded = self._standing.record_step(step, 0, "completed", value=call.encoded(value))
-            turn = self._prepared(Turn(self._delivered(recorded), (recorded,)))
-            writing = self._standing.writing(turn)
-            assert writing is not None
-            concluded.append((turn, writing))
-            return encode([writing])
-
-        call = self._call(step)
-        outcome = await self._means.transactions.execute(call, self._timeout(step), conclude)
-        if isinstance(outcome, Uncertain):
-            outcome = await self._resolved(step)
-        if isinstance(outcome, Committed):
-            self._repeats = self._begun = 0
-            turn, writing = concluded[0]
-            after = self._judged(receipt_of(outcome.code), turn, writing)
-            return msgspec.structs.replace(turn, written=True) if after is turn else after
-        if concluded:
-            self._driven()  # the body has gone on with a value that is not recorded
-        match outcome:
-            case Raised() | TimedOut() | CutShort():
-                return self._after(step, outcome)
-            case Repeat() as repeat:
-                return self._repeated(step, repeat)
-            case Lost():
-                self._lost()
-                return None
-            case EndedByStep():
-                return Turn(ended_transaction(step))
-            case Refused(message):
-                return Turn(refused(message))
-            case _:
-                assert_never(outcome)
-
-    async def _resolved(self, step: DoStep) -> Committed | Repeat | Lost:
-        """Find out whether a COMMIT took place whose answer was lost: a flush that only bumps the position tells."""
-        turn = Turn(step)
-        probe = self._standing.move(turn, step.path)
-        receipt = await self._means.committer.commit(probe)
-        if receipt.verdict is Verdict.ALREADY:
-            return Committed(Verdict.ALREADY.value + 4 * receipt.cancelling)
-        if receipt.verdict is Verdict.FENCED:
-            return Lost()
-        self._standing.applied(turn, probe)
-        return Repeat(ConnectionError("the connection was lost at COMMIT"))
-
-    def _repeated(self, step: DoStep, repeat: Repeat) -> Turn:
-        """Execute again what was rolled back for a reason that is not the step's.
-
-        A database that is away is waited for as long as it takes; losing the connection again and again, once the
-        step has been called, is an error.
-        """
-        self._repeats += 1
-        self._begun += repeat.begun
-        if self._begun > MAX_REPEATS:
-            return self._failed(step, repeat.error)
-        logger.info(
-            "a transactional step is repeated: %s", repeat.error, extra={"run_id": str(self.claim.run_id)}
-        )
-        return Turn(step, wait_seconds=min(HELD_WAIT_SECONDS, REPEAT_SECONDS * self._repeats), written=True)
-
-    # -- the body
-
-    def _delivered(self, record: Record) -> Decision:
+    def _prepared_await(self, awaiting: Await, turn: Turn) -> Turn:
+        """Take what has come of what is waited for; else spread what is to be executed, and park."""
         assert self._replay is not None
-        return self._replay.deliver(record)
+        standing = self._standing
+        if len(awaiting.waits) == 1:
+            ((wait,),) = (awaiting.waits,)
+            if type(wait.call) in (DoStep, Sleep) and wait.call.path == standing.doing and not wait.fresh:
+                return msgspec.structs.replace(turn, decision=wait.call)
+        taken = self._mailbox.take(awaiting, standing, self._replay)
+        if taken.records:
+            return msgspec.structs.replace(
+                turn,
+                decision=self._replay.decide(),
+                records=(*turn.records, *taken.records),
+                extras=(*turn.extras, *taken.extras),
+                took=turn.took + len(taken.extras),
+                strict=turn.strict or self._replay.branched,
+            )
+        step = held_only(awaiting, standing)
+        if step is not None:
+            return msgspec.structs.replace(turn, decision=held(step))
+        parking, rows = spread(awaiting, standing)
+        return msgspec.structs.replace(turn, decision=parking, extras=(*turn.extras, *rows))
 
-    def _close_replay(self) -> None:
-        if self._replay is not None:
-            if self._replay.drifts:
-                metrics.DRIFT.inc(len(self._replay.drifts))
-            self._replay.close()
-            self._replay = None
 
+def settling(decision: Settle) -> list[Extra]:
+    """Return what makes the run wait for the calls that somebody may still execute."""
+    from worker.engine.transitions import Settled
 
-def _with_earlier(step: DoStep, record: Record) -> DoStep:
-    return msgspec.structs.replace(step, earlier=(*step.earlier, record))
+    return [Settled(path=path) for path in decision.paths] if decision.fresh else []

@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 
-from worker.engine.claims import Claimant, Stray
+from worker.engine.claims import Claimant, Held
 from worker.engine.committer import Committer
 from worker.engine.transitions import Transition, Writing
 
@@ -23,7 +23,10 @@ SET_ASIDE_AT_MOST = 5000
 
 
 class Caretaker:
-    """Cares for `queues`. `held` returns the tasks that the engine knows it holds, `on_ready` wakes it."""
+    """Cares for `queues`. `held` returns the tasks that the engine knows it holds, `on_ready` wakes it.
+
+    `on_cancelled` is told which of the tasks that are claimed here are to be cancelled.
+    """
 
     def __init__(
         self,
@@ -33,6 +36,7 @@ class Caretaker:
         names: Sequence[str],
         held: Callable[[], set[int]],
         on_ready: Callable[[], None],
+        on_cancelled: Callable[[Sequence[int]], None],
     ) -> None:
         self.suspects = False
         self._claimant = claimant
@@ -41,7 +45,8 @@ class Caretaker:
         self._names = list(names)
         self._held = held
         self._on_ready = on_ready
-        self._suspicious: set[Stray] = set()
+        self._on_cancelled = on_cancelled
+        self._suspicious: set[Held] = set()
         self._connections = 0
         self._poked = asyncio.Event()
         self._house_kept_at = 0.0
@@ -76,6 +81,10 @@ class Caretaker:
             await self._keep_house()
         return TICK_SECONDS if next_in is None else min(max(next_in, 0.0), TICK_SECONDS)
 
+    async def look_for_cancellations(self) -> None:
+        """Tell the engine which of its runs are to be cancelled."""
+        self._on_cancelled([each.task for each in await self._claimant.audit() if each.cancelling])
+
     async def _keep_house(self) -> None:
         await self._audit()
         for queue in self._queues:
@@ -95,6 +104,7 @@ class Caretaker:
         """
         claimed = await self._claimant.audit()
         held = self._held()
+        self._on_cancelled([each.task for each in claimed if each.cancelling])
         strays = {stray for stray in claimed if stray.task not in held}
         for stray in strays & self._suspicious:
             await self._committer.commit(

@@ -50,7 +50,11 @@ class DeclaredDead(Exception):
 
 
 class Claim(msgspec.Struct, frozen=True, gc=False):
-    """One claimed task, as `claim_v1` answers it, with its run where it is a run's own task.
+    """One claimed task, as `claim_v1` answers it, with its run unless it is a wake.
+
+    `workflow` is the run's, `name` what the claimant has to know: the workflow with its version, or a step. `parent`
+    is the run's own task where this is one of its calls, with the arguments `args`. `driven` is the seq up to which
+    what the body did is written down. `awaited`: another run waits for this one.
 
     `due_in`, `waited` and `deadline_in` are seconds relative to `now`, the database's clock at the claim.
     """
@@ -79,15 +83,35 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
     version: str
     labels: str | None
     input: str
+    path: list[int]
+    parent: int | None
+    workflow: str
+    args: str | None
+    driven: int
+    pending: int
+    signals: int
+    seed: UUID
+    key_epoch: int
+    base_epoch: int
+    awaited: bool
 
 
-class Stray(NamedTuple):
+class Held(NamedTuple):
     """A claim that the database knows of."""
 
     task: int
     attempt: int
     position: int
     run_id: UUID
+    cancelling: bool
+
+
+class Mail(NamedTuple):
+    """Something that was sent to a run: its payload as JSON text."""
+
+    id: int
+    name: str
+    payload: str
 
 
 class _Floors:
@@ -108,7 +132,7 @@ class _Floors:
         floors = self._floors.get(queue)
         if floors is not None:
             for claim in claims:
-                if claim.kind != "wake" and claim.turn >= floors[claim.group]:
+                if claim.kind in ("run", "step") and claim.turn >= floors[claim.group]:
                     floors[claim.group] = claim.turn + 1
 
 
@@ -171,17 +195,36 @@ class Claimant:
         """Ask producers of these queues to ring for so long."""
         await self._run("idle", (self.worker_id, queues, lease_seconds))
 
-    async def histories(self, run_ids: Sequence[UUID]) -> dict[UUID, list[Record]]:
-        """Return the whole history of each run, in order of seq."""
-        found: dict[UUID, list[Record]] = {run_id: [] for run_id in run_ids}
-        for start in range(0, len(run_ids), HISTORY_RUNS):
-            for row in await self._run("history", (list(run_ids[start : start + HISTORY_RUNS]),)):
+    async def histories(self, claims: Sequence[Claim]) -> dict[UUID, list[Record]]:
+        """Return the history of each claimed run since it began or started anew, in order of seq."""
+        found: dict[UUID, list[Record]] = {claim.run_id: [] for claim in claims}
+        whole = [claim.run_id for claim in claims if not claim.base_epoch]
+        for start in range(0, len(whole), HISTORY_RUNS):
+            for row in await self._run("history", (whole[start : start + HISTORY_RUNS],)):
                 found[row[0]].append(record_of(row[1:]))
+        for claim in claims:
+            if claim.base_epoch:
+                rows = await self._run("history_since", (claim.run_id, claim.base_epoch))
+                found[claim.run_id] = [record_of(row[1:]) for row in rows]
         return found
 
-    async def audit(self) -> list[Stray]:
+    async def step_history(self, claim: Claim) -> list[Record]:
+        """Return what is recorded of a claimed step, and of the epochs of its run, in order of seq."""
+        parameters = {
+            "run": claim.run_id, "path": claim.path, "base": claim.base_epoch, "epoch": claim.epoch,
+        }  # fmt: skip
+        return [record_of(row[1:]) for row in await self._run("step_history", parameters)]
+
+    async def mail(self, run_ids: Sequence[UUID]) -> dict[UUID, list[Mail]]:
+        """Return what was sent to each run and is not taken yet, in the order in which it came."""
+        found: dict[UUID, list[Mail]] = {run_id: [] for run_id in run_ids}
+        for run_id, *mail in await self._run("mail", (list(run_ids),)):
+            found[run_id].append(Mail(*mail))
+        return found
+
+    async def audit(self) -> list[Held]:
         """Return every claim that the database says this worker holds."""
-        return [Stray(*row) for row in await self._run("audit", (self.worker_id,))]
+        return [Held(*row) for row in await self._run("audit", (self.worker_id,))]
 
     async def promote(self, at_most: int) -> tuple[int, float | None]:
         """Ready what is due; return how many, and in how many seconds the next is due."""

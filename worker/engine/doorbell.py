@@ -18,17 +18,24 @@ ANY_QUEUE = "stepwell"
 
 
 class Doorbell:
-    """Calls `on_ring` whenever somebody rings for one of `queues`, or for all."""
+    """Calls `on_ring` whenever somebody rings for one of `queues`, or for all.
+
+    Calls `on_cancel` when something that this worker executes is to be cancelled.
+    """
 
     def __init__(
         self,
         connect: Callable[[], Awaitable[AsyncConnection[Any]]],
         queues: Sequence[str],
         on_ring: Callable[[], None],
+        on_cancel: Callable[[], None],
+        worker_id: int,
     ) -> None:
         self._connect = connect
         self._names = {*queues, ANY_QUEUE}
         self._on_ring = on_ring
+        self._on_cancel = on_cancel
+        self._own_name = f"worker {worker_id}"
         self._connection: AsyncConnection[Any] | None = None
 
     async def run(self) -> None:
@@ -49,3 +56,5 @@ class Doorbell:
         async for notify in self._connection.notifies():
             if notify.payload in self._names:
                 self._on_ring()
+            elif notify.payload == self._own_name:
+                self._on_cancel()

@@ -34,13 +34,15 @@ from psycopg import AsyncConnection
 
 from outbox import database
 from outbox.settings import Settings
-from worker.engine.advance import Advance, Means
+from worker.engine.advance import Advance
 from worker.engine.caretaker import Caretaker
+from worker.engine.claimed import Claimed, Means
 from worker.engine.claims import Claim, Claimant
 from worker.engine.committer import Committer
-from worker.engine.doorbell import Doorbell
+from worker.engine.doorbell import ANY_QUEUE, Doorbell
+from worker.engine.errand import Errand
 from worker.engine.sandbox import Sandbox
-from worker.engine.transitions import Transition, Writing
+from worker.engine.transitions import applied_timer, applied_wake
 from worker.engine.vitals import Vitals
 from worker.registry import Registry
 from worker.steps.execution import Executor
@@ -89,8 +91,9 @@ class Engine:
         self._supervisor_id = supervisor_id
         self._queues = list(queues)
         self._release = release
-        self._names = sorted(registry.workflows)
-        self._flying: dict[int, Advance] = {}
+        self._steps = {step.claimed_as: step for step in registry.steps.values()}
+        self._names = sorted({*registry.workflows, *self._steps})
+        self._flying: dict[int, Claimed] = {}
         self._starting: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
@@ -110,13 +113,21 @@ class Engine:
         )
         self._executor = Executor(settings.threads)
         self._transactions = Transactions(url, worker_id, settings.connections, self._executor)
-        self._doorbell = Doorbell(self._connect, self._queues, self._rung)
+        self._doorbell = Doorbell(self._connect, self._queues, self._rung, self._cancellation_rung, worker_id)
         self._caretaker = Caretaker(
-            self._claimant, self._committer, self._queues, self._names, self._held, self._changed.set
+            self._claimant,
+            self._committer,
+            self._queues,
+            self._names,
+            self._held,
+            self._changed.set,
+            self._cancel,
         )
         self._means = Means(
             self._committer, self._executor, self._transactions, settings, Sandbox(),
             leaving=lambda: self._draining or self._alone,
+            histories=self._claimant.histories,
+            mail=self._claimant.mail,
         )  # fmt: skip
 
     # -- lifecycle
@@ -259,6 +270,8 @@ class Engine:
     async def _idle(self) -> None:
         """Wait for a slot, a ring or the next poll; with free slots, ask producers to ring."""
         if len(self._flying) >= self._settings.concurrency:
+            # Wakes and timers are applied without a slot.
+            await self._claimant.idle([ANY_QUEUE], self._settings.doorbell_seconds)
             await self._wait(CANCEL_SECONDS)
             return
         await self._claimant.idle(self._queues, self._settings.doorbell_seconds)
@@ -281,28 +294,37 @@ class Engine:
         # Held from here on, or the audit would take them for strays while their histories are read.
         self._starting = {claim.task for claim in claims}
         runs = [claim for claim in claims if claim.kind == "run"]
-        known = [claim.run_id for claim in runs if claim.seq > 0]
+        known = [claim for claim in runs if claim.seq > 0]
         histories = await self._claimant.histories(known) if known else {}
+        addressed = [claim.run_id for claim in runs if claim.signals]
+        mail = await self._claimant.mail(addressed) if addressed else {}
         for claim in runs:
-            if claim.waited is not None:
-                metrics.claim_wait.observe(max(0.0, claim.waited))
-            advance = Advance(
-                claim, self._registry.workflows[claim.name], histories.get(claim.run_id, []), self._means, now
-            )
-            self._flying[claim.task] = advance
-            self._spawn(advance.run()).add_done_callback(functools.partial(self._landed, advance))
+            history = histories.get(claim.run_id, [])
+            workflow = self._registry.workflows[claim.name]
+            self._take_off(Advance(claim, workflow, history, mail.get(claim.run_id, ()), self._means, now))
         for claim in claims:
-            if claim.kind == "wake":
-                self._spawn(self._wake(claim)).add_done_callback(self._tasks.discard)
+            if claim.kind == "step":
+                known_before = claim.attempt > 1 or claim.epoch > claim.base_epoch
+                past = await self._claimant.step_history(claim) if known_before else []
+                self._take_off(Errand(claim, self._steps[claim.name], past, self._means, now))
+            elif claim.kind != "run":
+                self._spawn(self._apply(claim)).add_done_callback(self._tasks.discard)
         self._starting = set()
         self._count_slots()
+
+    def _take_off(self, claimed: Claimed) -> None:
+        waited = claimed.claim.waited
+        if waited is not None:
+            metrics.claim_wait.observe(max(0.0, waited))
+        self._flying[claimed.claim.task] = claimed
+        self._spawn(claimed.run()).add_done_callback(functools.partial(self._landed, claimed))
 
     def _spawn(self, work: Any) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         return task
 
-    def _landed(self, advance: Advance, task: asyncio.Task[None]) -> None:
+    def _landed(self, advance: Claimed, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             # The run stays claimed; the audit will find the stray and release it.
@@ -315,15 +337,18 @@ class Engine:
             self._count_slots()
         self._changed.set()
 
-    async def _wake(self, claim: Claim) -> None:
-        await self._committer.commit(
-            Writing(
-                Transition(
-                    task=claim.task, attempt=claim.attempt, position=claim.position, run_id=claim.run_id,
-                    epoch=claim.epoch or 0, then="wake", wakeups=0,
-                )
-            )
-        )  # fmt: skip
+    async def _apply(self, claim: Claim) -> None:
+        """Apply a fact to a run, or a timer that is due."""
+        writing = applied_wake if claim.kind == "wake" else applied_timer
+        await self._committer.commit(writing(claim))
+
+    def _cancel(self, tasks: Sequence[int]) -> None:
+        for task in tasks:
+            if (claimed := self._flying.get(task)) is not None:
+                claimed.cancel()
+
+    def _cancellation_rung(self) -> None:
+        self._spawn(self._caretaker.look_for_cancellations()).add_done_callback(self._tasks.discard)
 
     def _rung(self) -> None:
         self._changed.set()
@@ -378,7 +403,7 @@ class Engine:
             await self._start(await self._claimant.claim(queue, self._names, 0))  # cancellations
             await self._wait(CANCEL_SECONDS)
         self._alone = True
-        return not self._draining and any(claim.kind == "run" for claim in claims)
+        return not self._draining and any(claim.kind in ("run", "step") for claim in claims)
 
     async def _emptied(self, deadline: float) -> bool:
         """Wait until nothing is in flight; tell whether that was before `deadline` (monotonic)."""

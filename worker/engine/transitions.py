@@ -14,7 +14,9 @@ from uuid import UUID
 
 import msgspec
 
-Then = Literal["move", "park", "release", "finish", "wake"]
+from worker.engine.claims import Claim
+
+Then = Literal["move", "park", "release", "finish", "wake", "done", "hold", "continue"]
 EndState = Literal["succeeded", "failed", "cancelled", "blocked"]
 
 ROW_BYTES = 400
@@ -49,10 +51,105 @@ class EndRow(msgspec.Struct, omit_defaults=True, gc=False):
     i: int = 0
 
 
+class Extra(msgspec.Struct, omit_defaults=True, gc=False):
+    """One thing that few transitions have, as `spread_v1` reads it: each class is a list there. `i` is set when sent."""
+
+    i: int = 0
+
+
+class TaskRow(Extra, omit_defaults=True, gc=False, kw_only=True):
+    """A call that becomes a task of its own, or the window of a map."""
+
+    kind: Literal["step", "timer", "window"]
+    path: Sequence[int]
+    name: str
+    queue: str | None = None
+    args: msgspec.Raw | None = None
+    delay: float | None = None
+    until: datetime | None = None
+    wakes: int = 0
+    held: bool = False
+    windowed: bool = False
+    released: int = 0
+
+
+class ChildRow(Extra, omit_defaults=True, gc=False, kw_only=True):
+    """A run that the body has called."""
+
+    path: Sequence[int]
+    workflow: str
+    version: str
+    queue: str
+    input: msgspec.Raw
+    counted: bool = False
+    detached: bool = False
+    deadline: float | None = None
+
+
+class Dropped(Extra, omit_defaults=True, gc=False, kw_only=True):
+    """Nobody waits any more for the calls at and below `path`."""
+
+    path: Sequence[int]
+
+
+class Settled(Extra, omit_defaults=True, gc=False, kw_only=True):
+    """Wait for those calls at and below `path` that nobody waited for any more and that somebody still executes."""
+
+    path: Sequence[int]
+
+
+class Taken(Extra, omit_defaults=True, gc=False, kw_only=True):
+    """A signal that is recorded, and thereby taken."""
+
+    signal: int
+
+
+class StateRow(Extra, omit_defaults=True, gc=False, kw_only=True):
+    """What the run shows of itself under `key`."""
+
+    key: str
+    value: msgspec.Raw
+
+
+class EmittedRow(Extra, omit_defaults=True, gc=False, kw_only=True):
+    """The nth value that the run has emitted in its epoch."""
+
+    n: int
+    name: str
+    value: msgspec.Raw
+
+
+class Stopping(Extra, omit_defaults=True, gc=False, kw_only=True):
+    """The run of this step is to be blocked."""
+
+    epoch: int
+    reason: dict[str, Any]
+
+
+class Continued(Extra, omit_defaults=True, gc=False, kw_only=True):
+    """The run starts anew with this input."""
+
+    input: msgspec.Raw
+
+
+_LISTS: dict[type[Extra], str] = {
+    TaskRow: "tasks",
+    ChildRow: "children",
+    Dropped: "dropped",
+    Settled: "settled",
+    Taken: "taken",
+    StateRow: "states",
+    EmittedRow: "emitted",
+    Stopping: "stopping",
+    Continued: "continued",
+}
+
+
 class Transition(msgspec.Struct, omit_defaults=True, gc=False):
     """One transition, as `flush_v1` reads it, with its fence: (task, attempt, the flushing worker, position).
 
-    `records` and `i` are set when it is sent.
+    `seen` is the seq of the history that the drive knew; `strict`: apply only if that was all of it. `parent` is the
+    run's own task where this one is that of a call. `records` and `i` are set when it is sent.
     """
 
     task: int
@@ -65,16 +162,24 @@ class Transition(msgspec.Struct, omit_defaults=True, gc=False):
     doing: Sequence[int] | None = None
     delay: float | None = None
     until: datetime | None = None
+    seen: int = -1
+    strict: bool = False
+    parent: int | None = None
+    awaits: Sequence[str] | None = None
+    took: int = 0
+    cancelled: bool | None = None
     records: int | None = None
     i: int | None = None
 
 
 class Writing(msgspec.Struct, frozen=True, gc=False):
-    """A transition with what belongs to it."""
+    """A transition with what belongs to it. `family`: the run has parents or tasks that its end concerns."""
 
     transition: Transition
     records: Sequence[RecordRow] = ()
     end: EndRow | None = None
+    extras: Sequence[Extra] = ()
+    family: bool = False
 
     def size(self) -> int:
         """Return about how many bytes it takes on the wire."""
@@ -85,7 +190,33 @@ class Writing(msgspec.Struct, frozen=True, gc=False):
                 size += len(record.value)
         if self.end is not None and self.end.output is not None:
             size += len(self.end.output)
+        for extra in self.extras:
+            size += ROW_BYTES + _payload_size(extra)
         return size
+
+
+class _TimerRecord(msgspec.Struct):
+    kind: str
+    name: str
+    outcome: str
+    error: dict[str, Any] | None = None
+
+
+def applied_wake(claim: Claim) -> Writing:
+    """Return what applies a wake task to its run."""
+    return Writing(
+        Transition(claim.task, claim.attempt, claim.position, claim.run_id, claim.epoch or 0, "wake", 0)
+    )
+
+
+def applied_timer(claim: Claim) -> Writing:
+    """Return what ends a timer that is due: its record is in its arguments."""
+    said = msgspec.json.decode(claim.args or "", type=_TimerRecord)
+    record = RecordRow(claim.path, 0, said.kind, said.name, said.outcome, claim.now, error=said.error)
+    transition = Transition(
+        claim.task, claim.attempt, claim.position, claim.run_id, claim.epoch, "done", 0, parent=claim.parent
+    )
+    return Writing(transition, (record,))
 
 
 class Verdict(Enum):
@@ -94,15 +225,21 @@ class Verdict(Enum):
     FENCED = 0
     APPLIED = 1
     ALREADY = 2
+    BEHIND = 3
 
 
 _encode = msgspec.json.Encoder().encode
 
 
-def encode(batch: Sequence[Writing]) -> tuple[str, str, str]:
-    """Return the three JSON documents of `flush_v1` for a batch: transitions, records, ends."""
+Documents = tuple[str, str, str, str | None]
+"""What `flush_v1` takes: transitions, records, ends, extras."""
+
+
+def encode(batch: Sequence[Writing]) -> Documents:
+    """Return the JSON documents of `flush_v1` for a batch."""
     records: list[RecordRow] = []
     ends: list[EndRow] = []
+    extras: dict[str, list[Extra]] | None = None
     for i, writing in enumerate(batch, 1):
         writing.transition.i = i
         writing.transition.records = len(writing.records)
@@ -112,7 +249,30 @@ def encode(batch: Sequence[Writing]) -> tuple[str, str, str]:
         if writing.end is not None:
             writing.end.i = i
             ends.append(writing.end)
-    return _encode([w.transition for w in batch]).decode(), _encode(records).decode(), _encode(ends).decode()
+        if writing.extras or writing.family:
+            extras = {} if extras is None else extras
+            for extra in writing.extras:
+                extra.i = i
+                extras.setdefault(_LISTS[type(extra)], []).append(extra)
+    return (
+        _encode([w.transition for w in batch]).decode(),
+        _encode(records).decode(),
+        _encode(ends).decode(),
+        None if extras is None else _encode(extras).decode(),
+    )
+
+
+def _payload_size(extra: Extra) -> int:
+    match extra:
+        case (
+            TaskRow(args=payload)
+            | ChildRow(input=payload)
+            | StateRow(value=payload)
+            | EmittedRow(value=payload)
+        ):
+            return 0 if payload is None else len(payload)
+        case _:
+            return 0
 
 
 class Receipt(msgspec.Struct, frozen=True, gc=False):
@@ -120,13 +280,15 @@ class Receipt(msgspec.Struct, frozen=True, gc=False):
 
     verdict: Verdict
     cancelling: bool = False
+    pausing: bool = False
     refused: str | None = None
 
 
 _RECEIPTS = {
-    verdict.value + 4 * cancelling: Receipt(verdict, cancelling)
+    verdict.value + 4 * cancelling + 8 * pausing: Receipt(verdict, cancelling, pausing)
     for verdict in Verdict
     for cancelling in (False, True)
+    for pausing in (False, True)
 }
 
 

@@ -15,8 +15,28 @@ import msgspec
 from outbox.codec import encode_fault
 from outbox.errors import DeadlineExceeded
 from worker.engine.claims import Claim
-from worker.engine.transitions import EndRow, EndState, RecordRow, Then, Transition, Writing
-from worker.replay.decisions import Block, Decision, DoStep, Fail, Finish, Sleep
+from worker.engine.transitions import (
+    Continued,
+    EndRow,
+    Extra,
+    RecordRow,
+    Stopping,
+    Then,
+    Transition,
+    Writing,
+)
+from worker.replay.decisions import (
+    Await,
+    Block,
+    Cancel,
+    Continue,
+    Decision,
+    DoStep,
+    Fail,
+    Finish,
+    Settle,
+    Sleep,
+)
 from worker.replay.records import VOIDED, Path, Record, RunFacts
 
 DEADLINE_MARGIN_SECONDS = 0.05
@@ -35,21 +55,41 @@ class Release(msgspec.Struct, frozen=True, gc=False):
     """Give the run back: this process is leaving, or needs to be alone."""
 
 
-class Cancel(msgspec.Struct, frozen=True, gc=False):
-    """End the run as cancelled."""
+class Spread(msgspec.Struct, frozen=True):
+    """Park at `path` until one of several calls is done, or a signal of `awaits` is there, or the time has come."""
+
+    path: Path
+    awaits: tuple[str, ...]
+    seconds: float | None = None
+    until: datetime | None = None
+
+
+class Done(msgspec.Struct, frozen=True, gc=False):
+    """A step that is a task of its own is over."""
+
+
+class Hold(msgspec.Struct, frozen=True, gc=False):
+    """A step that is a task of its own waits for a person."""
 
 
 class Turn(msgspec.Struct, frozen=True, gc=False):
-    """What to do next, what has to be durable before, and whether it is."""
+    """What to do next, what has to be durable before, and whether it is.
 
-    decision: Decision | Park | Release | Cancel
+    `extras` go out with it. `strict`: the records are in order only if nothing else was recorded meanwhile. `took`: how
+    many signals they take.
+    """
+
+    decision: Decision | Park | Spread | Done | Hold | Release
     records: tuple[Record, ...] = ()
     wait_seconds: float = 0.0
     written: bool = False
+    extras: tuple[Extra, ...] = ()
+    strict: bool = False
+    took: int = 0
 
 
 class Standing:
-    """Where one claim stands. `history` is everything recorded of the run, this claim's own records included.
+    """Where one claim stands. `history` is what is recorded of the run, or of the step that the claim is.
 
     `claimed_at` is this process's monotonic time of the claim. `doing` is the call that the task row is at,
     `due_in` how long it still had to wait there when it was claimed, `interrupted` whether the claim before died
@@ -58,23 +98,44 @@ class Standing:
 
     def __init__(self, claim: Claim, history: list[Record], claimed_at: float) -> None:
         self.claim = claim
-        self.history = history
         self.facts = RunFacts(
             id=claim.run_id,
-            workflow=claim.name,
+            workflow=claim.workflow,
             created_at=claim.created_at,
-            seed=claim.run_id,
+            seed=claim.seed,
             epoch=claim.epoch,
             labels={} if claim.labels is None else msgspec.json.decode(claim.labels),
+            key_epoch=claim.key_epoch,
         )
+        self.driven = claim.driven
+        self.pending = claim.pending
+        self.cancelled = False
+        """Whether the cancellation of this epoch is recorded."""
+        self.branched = False
+        """Whether the run may have tasks beside its own."""
         self.doing: Path | None = None if claim.doing is None else tuple(claim.doing)
+        if claim.kind == "step":
+            self.doing = tuple(claim.path)
         self.interrupted = claim.interrupted
         self._due_at = None if claim.due_in is None else claimed_at + claim.due_in
         self._position = claim.position
         self._seq = claim.seq
         self._claimed_at = claimed_at
-        self._last_at = history[-1].at if history else claim.created_at
+        self._last_at = claim.created_at
+        self.take_in(history)
         self._deadline = None if claim.deadline_in is None else claimed_at + claim.deadline_in
+
+    def take_in(self, history: list[Record]) -> None:
+        """Take note of what is recorded by now."""
+        if history:
+            self._last_at = max(self._last_at, history[-1].at)
+            self._seq = max(self._seq, history[-1].seq)
+        self.cancelled = any(r.kind == "cancel" and r.epoch == self.claim.epoch for r in history)
+
+    @property
+    def attempted(self) -> bool:
+        """Whether an earlier claim, of which nothing is written down, may have come to the first call."""
+        return self.claim.interrupted and self.claim.doing is None
 
     # -- the call that the claim is at
 
@@ -108,14 +169,14 @@ class Standing:
         return max(self._last_at, self.claim.now + elapsed)
 
     def remaining(self) -> float | None:
-        """Return the seconds until the run's deadline, None if it has none."""
-        return None if self._deadline is None else self._deadline - time.monotonic()
+        """Return the seconds until the run's deadline, None if it has none, or none that counts any more."""
+        return None if self._deadline is None or self.cancelled else self._deadline - time.monotonic()
 
     def deadline_passed(self) -> Fail | None:
         """Return the end of the run when its deadline has passed."""
-        if self._deadline is None or self._deadline > time.monotonic():
+        if self._deadline is None or self.cancelled or self._deadline > time.monotonic():
             return None
-        return Fail(encode_fault(DeadlineExceeded("the run's deadline has passed")))
+        return Fail(_deadline_fault())
 
     def cut_by_deadline(self, seconds: float) -> float:
         """Return how long to wait so that neither the wait nor the deadline is missed."""
@@ -138,7 +199,7 @@ class Standing:
         error: dict[str, Any] | None = None,
     ) -> Record:
         """Record an execution of a step: `n` 0 for the final outcome."""
-        return self._record(step.path, n, "step", step.step.name, outcome, value, error, step.fingerprint)
+        return self.record(step.path, n, "step", step.step.name, outcome, value, error, step.fingerprint)
 
     def record_interruption(self, step: DoStep, error: dict[str, Any] | None = None) -> Record:
         """Record that an execution never answered."""
@@ -146,9 +207,21 @@ class Standing:
 
     def record_sleep(self, path: Path) -> Record:
         """Record that a sleep is over."""
-        return self._record(path, 0, "sleep", "sleep", "completed")
+        return self.record(path, 0, "sleep", "sleep", "completed")
 
-    def _record(
+    def record_cancellation(self) -> Record:
+        """Record that the run was cancelled."""
+        return self.record((), 2, "cancel", self.claim.workflow, "cancelled")
+
+    def record_deadline(self) -> Record:
+        """Record that the run's deadline has passed, which ends the run as a cancellation does."""
+        return self.record((), 2, "cancel", self.claim.workflow, "cancelled", error=_deadline_fault())
+
+    def record_patch(self, number: int, name: str) -> Record:
+        """Record that the run takes the way of a patch."""
+        return self.record((0, number), 0, "patch", name, "completed")
+
+    def record(
         self,
         path: Path,
         n: int,
@@ -173,24 +246,29 @@ class Standing:
         """
         decision = turn.decision
         if type(decision) is DoStep:  # first of all, and cheaper than a match
-            if not turn.records and (not decision.step.is_careful or self.doing == decision.path):
+            if (
+                not turn.records
+                and not turn.extras
+                and (not decision.step.is_careful or self.doing == decision.path)
+            ):
                 return None
             return self.move(turn, decision.path)
         match decision:
-            case Park() as park:
-                return self._transition("park", turn, doing=park.path, delay=park.seconds, until=park.until)
+            case Park() | Spread() | Settle():
+                return self._parking(turn, decision)
+            case Finish() | Fail() | Block() | Cancel():
+                return self._ending(turn, decision)
             case Release():
                 return self._transition("release", turn)
-            case Finish() as finish:
-                return self._ending(turn, "succeeded", output=msgspec.Raw(finish.value.encode()))
-            case Fail() as fail:
-                return self._ending(turn, "failed", error=fail.error)
-            case Block() as block:
-                return self._ending(turn, "blocked", error={**block.error, "reason": block.reason})
-            case Cancel():
-                return self._ending(turn, "cancelled")
-            case Sleep() | DoStep():
-                raise AssertionError("a sleep is prepared before it is written, a step was seen to above")
+            case Done():
+                return self._transition("done", turn)
+            case Hold():
+                return self._transition("hold", turn)
+            case Continue(given):
+                anew = Continued(input=msgspec.Raw(given.encode()))
+                return self._transition("continue", turn, more=(anew,))
+            case Sleep() | DoStep() | Await():
+                raise AssertionError("a wait is prepared before it is written, a step was seen to above")
             case _:
                 assert_never(decision)
 
@@ -198,13 +276,13 @@ class Standing:
         """Return the transition that keeps the claim, at `path`."""
         return self._transition("move", turn, doing=path)
 
-    def applied(self, turn: Turn, writing: Writing) -> None:
-        """Take note that the database has applied a writing of this turn."""
+    def applied(self, writing: Writing) -> None:
+        """Take note that the database has applied a writing."""
         self._position += 1
         self._seq += len(writing.records)
+        self.driven = self._seq
         self.interrupted = False
         self._due_at = None
-        self.history.extend(turn.records)
         if writing.transition.doing is not None:
             self.doing = tuple(writing.transition.doing)
 
@@ -216,8 +294,10 @@ class Standing:
         doing: Path | None = None,
         delay: float | None = None,
         until: datetime | None = None,
+        awaits: tuple[str, ...] | None = None,
         ended: Record | None = None,
         end: EndRow | None = None,
+        more: tuple[Extra, ...] = (),
     ) -> Writing:
         claim = self.claim
         rows = [_row(record) for record in turn.records]
@@ -225,22 +305,41 @@ class Standing:
             rows.append(_row(ended))
         transition = Transition(
             claim.task, claim.attempt, self._position, claim.run_id, claim.epoch, then, claim.wakeups, doing,
-            delay, until,
+            delay, until, self._seq, turn.strict, claim.parent, awaits, turn.took,
         )  # fmt: skip
-        return Writing(transition, rows, end)
+        if self.cancelled:
+            transition.cancelled = True
+        family = then == "continue" or (end is not None and (self.branched or claim.awaited))
+        return Writing(transition, rows, end, (*turn.extras, *more) if more else turn.extras, family)
 
-    def _ending(
-        self,
-        turn: Turn,
-        state: EndState,
-        *,
-        output: msgspec.Raw | None = None,
-        error: dict[str, Any] | None = None,
-    ) -> Writing:
-        claim = self.claim
-        ended = self._record((), 0, "run", claim.name, state, error=error)
-        end = EndRow(state, output, error)
+    def _parking(self, turn: Turn, decision: Park | Spread | Settle) -> Writing:
+        match decision:
+            case Park(path, seconds, until):
+                return self._transition("park", turn, doing=path, delay=seconds, until=until)
+            case Spread(path, awaits, seconds, until):
+                return self._transition("park", turn, doing=path, delay=seconds, until=until, awaits=awaits)
+            case Settle():
+                return self._transition("park", turn, doing=self.doing)
+
+    def _ending(self, turn: Turn, decision: Finish | Fail | Block | Cancel) -> Writing:
+        if isinstance(decision, Block) and self.claim.parent is not None:
+            reason = {**decision.error, "reason": decision.reason}
+            return self._transition("hold", turn, more=(Stopping(epoch=self.claim.epoch, reason=reason),))
+        match decision:
+            case Finish(value):
+                end = EndRow("succeeded", msgspec.Raw(value.encode()))
+            case Fail(error):
+                end = EndRow("failed", None, error)
+            case Block(why, error):
+                end = EndRow("blocked", None, {**error, "reason": why})
+            case Cancel():
+                end = EndRow("cancelled")
+        ended = self.record((), 0, "run", self.claim.workflow, end.state, error=end.error)
         return self._transition("finish", turn, ended=ended, end=end)
+
+
+def _deadline_fault() -> dict[str, Any]:
+    return encode_fault(DeadlineExceeded("the run's deadline has passed"))
 
 
 def _row(record: Record) -> RecordRow:

@@ -28,11 +28,11 @@ class _Pool(threading.local):
 _pool = _Pool()
 
 
-def begin(main: Main) -> tuple[greenlet, Any]:
+def begin(main: Main, context: Context | None = None) -> tuple[greenlet, Any]:
     """Run `main` in a greenlet with a context of its own, until it switches away or returns."""
     idle = _pool.idle
     body = idle.pop() if idle else _parked()
-    body.gr_context = Context()
+    body.gr_context = Context() if context is None else context
     return body, resume(body, main)
 
 

@@ -1,14 +1,29 @@
-"""The calls of async steps and of sleeps: awaitables that are performed when they are awaited, once."""
+"""The calls that a body can make: awaitables that are performed when they are awaited, once.
+
+A call says what it asks for (`decision`), and what an answer means (`outcome`); where it stands in the body, and
+whether it is recorded, is the drive's concern. It can be one branch of a join as it is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from uuid import UUID
+
+from outbox.codec import decode, decode_fault, fingerprint
+from outbox.errors import HistoryMismatch, PayloadError, RunCancelled, RunFailed
+from worker.replay.cursor import described, mismatch
+from worker.replay.decisions import Asked, AwaitChild, DoStep, Sleep, TakeSignal
+from worker.replay.records import Path, Record
 
 if TYPE_CHECKING:
-    from worker.definitions import Step
-    from worker.replay.driver import Replay
+    from worker.context import Drive
+    from worker.definitions import Step, Workflow
+
+
+class Misfit(HistoryMismatch):
+    """A recorded value that the annotation of its call does not take."""
 
 
 class Call:
@@ -16,7 +31,8 @@ class Call:
 
     __slots__ = ("_drive", "_performed")
 
-    _drive: Replay
+    kind: ClassVar[str]
+    _drive: Drive
     _performed: bool
 
     def __await__(self) -> Generator[Any, Any, Any]:
@@ -29,40 +45,112 @@ class Call:
 
     def perform(self) -> Any:
         """Make the call, and return its value."""
-        raise NotImplementedError
+        self.once()
+        return self._drive.perform(self)
+
+    def once(self) -> None:
+        """Take note that the call is made now; raise RuntimeError if it was before."""
+        if self._performed:
+            raise RuntimeError(f"{self.what()} was awaited already; call it again to make another call")
+        self._performed = True
 
     def what(self) -> str:
         """Return what is called, for messages."""
         raise NotImplementedError
 
-    def _once(self) -> None:
-        if self._performed:
-            raise RuntimeError(f"{self.what()} was awaited already; call it again to make another call")
-        self._performed = True
+    # -- for the drive
+
+    @property
+    def name(self) -> str:
+        """The name under which it is recorded."""
+        raise NotImplementedError
+
+    @property
+    def mark(self) -> int | None:
+        """The fingerprint of its arguments, if it has any; known once it was asked."""
+        return None
+
+    def ask(self) -> None:
+        """Encode what it is called with. Raises PayloadError."""
+
+    def decision(self, path: Path, earlier: tuple[Record, ...]) -> Asked:
+        """Return what has to be done for it. `earlier` are the recorded executions that did not complete it."""
+        raise NotImplementedError
+
+    def outcome(self, record: Record) -> Any:
+        """Return the recorded value, or raise the recorded error. Raises HistoryMismatch for any other record."""
+        raise NotImplementedError
 
 
 class StepCall(Call):
-    """The call of an async step."""
+    """The call of a step."""
 
-    __slots__ = ("_args", "_kwargs", "_step")
+    __slots__ = ("_args", "_kwargs", "_mark", "arguments", "step")
+
+    kind = "step"
 
     def __init__(
-        self, drive: Replay, step: Step[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, drive: Drive, step: Step[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self._performed = False
         self._drive = drive
-        self._step = step
+        self.step = step
         self._args = args
         self._kwargs = kwargs
 
-    def perform(self) -> Any:
-        """Deliver the recorded outcome of the step, or have it executed."""
-        self._once()
-        return self._drive.perform_step(self._step, self._args, self._kwargs)
-
     def what(self) -> str:
         """Return the name of the step."""
-        return f"step {self._step.name!r}"
+        return f"step {self.step.name!r}"
+
+    @property
+    def name(self) -> str:
+        """The name of the step."""
+        return self.step.name
+
+    @property
+    def mark(self) -> int | None:
+        """The fingerprint of the arguments."""
+        return self._mark
+
+    def ask(self) -> None:
+        """Encode the arguments. Raises PayloadError."""
+        step = self.step
+        self.arguments = step.signature.encode_arguments(self._args, self._kwargs, where=step.arguments_where)
+        self._mark = fingerprint(self.arguments)
+
+    def decision(self, path: Path, earlier: tuple[Record, ...]) -> DoStep:
+        """Return the execution of the step."""
+        drift = any(each.fingerprint not in (None, self._mark) for each in earlier)
+        return DoStep(path, self.step, self.arguments, self._mark, earlier, drift)
+
+    def outcome(self, record: Record) -> Any:
+        """Return the step's result, or raise its error."""
+        step = self.step
+        if record.outcome != "completed":
+            raise _failure(record, step.raises)
+        try:
+            return step.signature.decode_result(record.value or "null", where=step.result_where)
+        except PayloadError as error:
+            raise _misfit(error, step) from error
+
+
+class UndoCall(StepCall):
+    """The undo of a completed step. Its arguments are JSON already."""
+
+    __slots__ = ()
+
+    def __init__(self, drive: Drive, step: Step[Any, Any], arguments: str) -> None:
+        super().__init__(drive, step, (), {})
+        self.arguments = arguments
+
+    def ask(self) -> None:
+        """Take the arguments as they are."""
+        self._mark = fingerprint(self.arguments)
+
+    def outcome(self, record: Record) -> None:
+        """Return nothing: nobody looks at what an undo returns."""
+        if record.outcome != "completed":
+            raise _failure(record, ())
 
 
 class SleepCall(Call):
@@ -70,17 +158,198 @@ class SleepCall(Call):
 
     __slots__ = ("_seconds", "_until")
 
-    def __init__(self, drive: Replay, seconds: float | None, until: datetime | None) -> None:
+    kind = "sleep"
+    name = "sleep"
+
+    def __init__(self, drive: Drive, seconds: float | None, until: datetime | None) -> None:
         self._performed = False
         self._drive = drive
         self._seconds = seconds
         self._until = until
 
-    def perform(self) -> None:
-        """Return when the sleep is over."""
-        self._once()
-        self._drive.perform_sleep(self._seconds, self._until)
-
     def what(self) -> str:
         """Return what it is, there is no name."""
         return "a sleep"
+
+    def decision(self, path: Path, earlier: tuple[Record, ...]) -> Sleep:  # noqa: ARG002 - it has no executions
+        """Return the wait."""
+        return Sleep(path, self._seconds, self._until)
+
+    def outcome(self, record: Record) -> None:
+        """Return when the sleep is over."""
+
+
+class SignalCall(Call):
+    """The wait for a signal."""
+
+    __slots__ = ("_name", "_seconds", "_type")
+
+    kind = "signal"
+
+    def __init__(self, drive: Drive, name: str, seconds: float | None, type_: Any) -> None:
+        self._performed = False
+        self._drive = drive
+        self._name = name
+        self._seconds = seconds
+        self._type = type_
+
+    def what(self) -> str:
+        """Return what is waited for."""
+        return f"wait_signal({self._name!r})"
+
+    @property
+    def name(self) -> str:
+        """The name of the signal."""
+        return self._name
+
+    def decision(self, path: Path, earlier: tuple[Record, ...]) -> TakeSignal:  # noqa: ARG002 - it has no executions
+        """Return the wait."""
+        return TakeSignal(path, self._name, self._seconds)
+
+    def outcome(self, record: Record) -> Any:
+        """Return the payload, or raise TimeoutError."""
+        if record.outcome == "failed":
+            raise TimeoutError((record.error or {}).get("message", ""))
+        return decode(record.value or "null", self._type, where=f"the payload of signal {self._name!r}")
+
+
+class ChildCall(Call):
+    """The call of a workflow: a run of its own, which the body waits for.
+
+    `of` is the path of the call that has started it, if that was `start`.
+    """
+
+    __slots__ = ("_args", "_kwargs", "_of", "_options", "_workflow", "input")
+
+    kind = "child"
+
+    def __init__(
+        self,
+        drive: Drive,
+        workflow: Workflow[..., Any],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        *,
+        of: Path | None = None,
+    ) -> None:
+        self._performed = False
+        self._drive = drive
+        self._workflow = workflow
+        self._args = args
+        self._kwargs = kwargs or {}
+        self._of = of
+        self.input = ""
+
+    def what(self) -> str:
+        """Return the name of the workflow."""
+        return f"workflow {self._workflow.name!r}"
+
+    @property
+    def name(self) -> str:
+        """The name of the workflow."""
+        return self._workflow.name
+
+    def ask(self) -> None:
+        """Encode the input. Raises PayloadError."""
+        if self._of is None:
+            workflow = self._workflow
+            self.input = workflow.signature.encode_arguments(
+                self._args, self._kwargs, where=workflow.arguments_where
+            )
+
+    def decision(self, path: Path, earlier: tuple[Record, ...]) -> AwaitChild:  # noqa: ARG002 - it has no executions
+        """Return the wait for the child, which is made first unless it was started."""
+        return AwaitChild(path, self._workflow, self.input, self._of or path, starts=self._of is None)
+
+    def outcome(self, record: Record) -> Any:
+        """Return the child's output, or raise RunFailed or RunCancelled."""
+        workflow = self._workflow
+        if record.outcome == "completed":
+            try:
+                return workflow.signature.decode_result(record.value or "null", where=workflow.result_where)
+            except PayloadError as error:
+                raise _misfit(error, workflow) from error
+        said = record.error or {}
+        data = said.get("data") or {}
+        kind = RunCancelled if said.get("type") == "RunCancelled" else RunFailed
+        raise kind(UUID(data["run"]), data.get("error"))
+
+
+class Started:
+    """A child that the body has started: await it for its result, any number of times."""
+
+    __slots__ = ("_drive", "_workflow", "path")
+
+    def __init__(self, drive: Drive, workflow: Workflow[..., Any], path: Path) -> None:
+        self._drive = drive
+        self._workflow = workflow
+        self.path = path
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self.result().__await__()
+
+    def result(self) -> ChildCall:
+        """Return the call that waits for it, for joins."""
+        return ChildCall(self._drive, self._workflow, of=self.path)
+
+
+Mode = Literal["all", "settled", "first"]
+
+
+class First(NamedTuple):
+    """What came first of several calls: which one, counted from 0, and its value."""
+
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody wants of a pair
+    value: Any
+
+
+class JoinCall(Call):
+    """Several branches at once: calls, and coroutines that make calls.
+
+    all      the values of all, in the order of the branches; the first failure is raised, and nobody waits for the rest
+    settled  the values and the errors of all
+    first    the value of whichever ends first, or its error
+    """
+
+    __slots__ = ("as_list", "branches", "limit", "mode")
+
+    kind = "join"
+
+    def __init__(
+        self,
+        drive: Drive,
+        branches: Iterable[Any],
+        mode: Mode,
+        *,
+        limit: int | None = None,
+        as_list: bool = False,
+    ) -> None:
+        self._performed = False
+        self._drive = drive
+        self.branches = [each.result() if isinstance(each, Started) else each for each in branches]
+        self.mode = mode
+        self.limit = limit
+        self.as_list = as_list
+
+    def what(self) -> str:
+        """Return what it is, there is no name."""
+        return "first(…)" if self.mode == "first" else "map(…)" if self.as_list else "gather(…)"
+
+    def perform(self) -> Any:
+        """Run the branches side by side and return what they come to."""
+        self.once()
+        return self._drive.join(self)
+
+
+def _failure(record: Record, raises: tuple[type[Exception], ...]) -> BaseException:
+    if record.outcome != "failed":
+        return mismatch(described(record), "a call that can only complete or fail")
+    return decode_fault(record.error or {}, raises)
+
+
+def _misfit(error: PayloadError, definition: Step[Any, Any] | Workflow[..., Any]) -> Misfit:
+    return Misfit(
+        f"{error}; the recorded value stands, so mend the annotation of {definition.where}",
+        expected=str(definition.signature.returns),
+        got="a recorded value of another type",
+    )

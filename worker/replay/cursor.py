@@ -2,63 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from outbox.errors import HistoryMismatch
 from worker.replay.frames import calling_line
 from worker.replay.records import VOIDED, Path, Record, dotted
 
+if TYPE_CHECKING:
+    from worker.replay.calls import Call
+
 
 class Cursor:
     """The history of one run, delivered in the order in which it happened.
 
-    A body has to make the recorded calls, each at its place: whatever else it does raises HistoryMismatch.
+    A body has to make the recorded calls, each at its place: whatever else it does raises HistoryMismatch. What was
+    recorded of calls that nobody waits for any more (`drop`) is passed over, and kept in `ignored`.
     """
 
-    __slots__ = ("_earlier", "_finals", "_next")
+    __slots__ = ("_dropped", "_earlier", "_finals", "_next", "ignored", "patches")
 
     def __init__(self, history: Iterable[Record]) -> None:
+        self.ignored: list[Record] = []
+        self.patches: set[str] = set()
         self._finals: list[Record] = []
         self._earlier: dict[Path, list[Record]] = {}
+        self._dropped: set[Path] = set()
         self._next = 0
         for record in history:
             if record.kind in ("run", "epoch"):
                 continue
-            if record.n == 0:
+            if record.kind == "patch":
+                self.patches.add(record.name)
+            elif record.n == 0 or record.kind == "cancel":
                 self._finals.append(record)
             else:
                 self._earlier.setdefault(record.path, []).append(record)
 
-    def final(self, path: Path, kind: str, name: str) -> Record | None:
-        """Return the final record of a call, which has to be the next one, or None when all are delivered."""
-        if self._next == len(self._finals):
-            return None
+    def peek(self) -> Record | None:
+        """Return the next record that somebody has to wait for, None when all are delivered."""
+        while self._next < len(self._finals):
+            record = self._finals[self._next]
+            if not self._dropped or not self._is_dropped(record.path):
+                return record
+            self.ignored.append(record)
+            self._next += 1
+        return None
+
+    def take(self) -> Record:
+        """Deliver the record that was peeked at."""
         record = self._finals[self._next]
-        if record.path != path or not _fits(record, kind, name):
-            raise mismatch(described(record), f"{_call(kind, name)} at {dotted(path)}")
+        self._next += 1
+        self.concluded(record.path)
+        return record
+
+    def take_for(self, path: Path, call: Call, *, alone: bool) -> Record | None:
+        """Deliver the next record if it is this call's. If the body waits for this call `alone`, it has to be."""
+        record = (
+            self.peek()
+            if self._dropped
+            else self._finals[self._next]
+            if self._next < len(self._finals)
+            else None
+        )
+        if record is None or record.kind == "cancel":
+            return None
+        if record.path != path:
+            if alone:
+                raise mismatch(described(record), called(call, path))
+            return None
+        if not fits(record, call):
+            raise mismatch(described(record), called(call, path))
         self._next += 1
         if self._earlier:
             self._earlier.pop(path, None)
         return record
 
-    def executions(self, path: Path, kind: str, name: str) -> tuple[Record, ...]:
-        """Return the executions of a call that has no final record. It is the last call that is recorded at all."""
-        if not self._earlier:
-            return ()
-        here = self._earlier.pop(path, [])
-        mine = tuple(record for record in here if _fits(record, kind, name))
-        strange = next((record for record in here if record not in mine and record.outcome != VOIDED), None)
-        left = strange or self.left_over()
-        if left is not None:
-            raise mismatch(described(left), f"{_call(kind, name)} at {dotted(path)}")
-        return mine
+    def executions(self, path: Path) -> Sequence[Record]:
+        """Return the executions of the call at a path that has no final record."""
+        return self._earlier.get(path, ()) if self._earlier else ()
 
-    def left_over(self) -> Record | None:
+    def concluded(self, path: Path) -> None:
+        """Forget the executions of a call that has its final record."""
+        if self._earlier:
+            self._earlier.pop(path, None)
+
+    def drop(self, path: Path) -> None:
+        """Pass over what is recorded of the calls at and below a path from here on."""
+        self._dropped.add(path)
+
+    def left_over(self, waited_for: Collection[Path] = ()) -> Record | None:
         """Return a record that no call has asked for. A voided one may remain: the body may go another way now."""
-        if self._next < len(self._finals):
-            return self._finals[self._next]
-        executions = (record for records in self._earlier.values() for record in records)
+        record = self.peek()
+        if record is not None and record.kind != "cancel":
+            return record
+        executions = (
+            record
+            for path, records in self._earlier.items()
+            if path not in waited_for and not self._is_dropped(path)
+            for record in records
+        )
         return next((record for record in executions if record.outcome != VOIDED), None)
+
+    def _is_dropped(self, path: Path) -> bool:
+        if not path or not path[-1]:  # the undo of a call is waited for, whatever has become of the call
+            return False
+        return any(path[:length] in self._dropped for length in range(1, len(path) + 1))
 
 
 def mismatch(expected: str, got: str, line: str | None = None) -> HistoryMismatch:
@@ -72,12 +121,18 @@ def mismatch(expected: str, got: str, line: str | None = None) -> HistoryMismatc
 
 def described(record: Record) -> str:
     """Return a record as messages name it."""
-    return f"{_call(record.kind, record.name)} at {dotted(record.path)} ({record.outcome})"
+    return f"{_named(record.kind, record.name)} at {dotted(record.path)} ({record.outcome})"
 
 
-def _fits(record: Record, kind: str, name: str) -> bool:
-    return record.kind == kind and (kind != "step" or record.name == name)
+def called(call: Call, path: Path) -> str:
+    """Return a call as messages name it."""
+    return f"{_named(call.kind, call.name)} at {dotted(path)}"
 
 
-def _call(kind: str, name: str) -> str:
-    return f"{kind} {name}" if kind == "step" else kind
+def fits(record: Record, call: Call) -> bool:
+    """Tell whether a record can be one of a call."""
+    return record.kind == call.kind and record.name == call.name
+
+
+def _named(kind: str, name: str) -> str:
+    return kind if kind == name else f"{kind} {name}"

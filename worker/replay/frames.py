@@ -24,6 +24,11 @@ def calling_line(trace: TracebackType | None = None) -> str:
     return _line_of(reversed([(each.tb_frame, each.tb_lineno) for each in _inward(trace)]))
 
 
+def suspended_line(frame: FrameType | None) -> str:
+    """Return `file:line` of the user's code at which something stands that is suspended in `frame`."""
+    return _line_of((each, each.f_lineno) for each in _outward(frame))
+
+
 def awaiting_line(awaitable: Any) -> str:
     """Return `file:line` of the await at which a suspended coroutine stands."""
     frames = list(_awaited(awaitable))

@@ -5,6 +5,7 @@ Values only: this module reads nothing and decides nothing about the world outsi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
@@ -44,7 +45,8 @@ class Record(msgspec.Struct, frozen=True, gc=False):
 class RunFacts(msgspec.Struct, frozen=True):
     """What a body may know of its own run; the same in every replay of the epoch.
 
-    `seed` is what the numbers and UUIDs of the body are drawn from, by its text.
+    `seed` is what the numbers and UUIDs of the body are drawn from, by its text. `key_epoch` is the epoch of the last
+    rewind or fresh start: from then on its idempotency keys are others.
     """
 
     id: UUID
@@ -53,6 +55,7 @@ class RunFacts(msgspec.Struct, frozen=True):
     seed: UUID | str
     epoch: int = 0
     labels: dict[str, str] = {}
+    key_epoch: int = 0
 
 
 def dotted(path: Path) -> str:
@@ -80,14 +83,41 @@ def _by_seq(record: Record) -> int:
 
 
 def _void(standing: list[Record], opening: Record) -> list[Record]:
-    if opening.outcome == "retry":
-        return _void_failures(standing)
-    raise HistoryMismatch(
-        f"epoch {opening.epoch} was opened by {opening.outcome!r}, which this release of Stepwell does not know; "
-        "let a worker of the newer release take the run",
-        expected="retry",
-        got=opening.outcome,
-    )
+    match opening.outcome:
+        case "retry":
+            return _void_failures(_without_cancellation(standing))
+        case "rewind":
+            return _before(standing, _place_in(opening))
+        case "fork":
+            return standing
+        case "continue":
+            return []
+        case unknown:
+            raise HistoryMismatch(
+                f"epoch {opening.epoch} was opened by {unknown!r}, which this release of Stepwell does not know; "
+                "let a worker of the newer release take the run",
+                expected="retry, rewind, fork or continue",
+                got=unknown,
+            )
+
+
+def _without_cancellation(standing: list[Record]) -> list[Record]:
+    """Void a cancellation, and what the body did to clean up after it."""
+    cancelled = next((at for at, record in enumerate(standing) if record.kind == "cancel"), len(standing))
+    return standing[:cancelled]
+
+
+def _place_in(opening: Record) -> Path:
+    return msgspec.json.decode(opening.value or '{"to":[]}', type=_Place).to
+
+
+class _Place(msgspec.Struct):
+    to: Path
+
+
+def _before(standing: list[Record], path: Path) -> list[Record]:
+    """Void the first record at or below a path, and all after it: not even that they happened counts any more."""
+    return list(itertools.takewhile(lambda record: record.path[: len(path)] != path, standing))
 
 
 def _void_failures(standing: list[Record]) -> list[Record]:
@@ -96,6 +126,8 @@ def _void_failures(standing: list[Record]) -> list[Record]:
     A failure that the body caught and went on from has to stand: what it did next is recorded too, and
     would not fit a history in which that step is executed again afterwards.
     """
+    if any(_is_undo(record) for record in standing):  # once the undo has begun there is no way but back
+        return [_voided(r) if _is_undo(r) and (r.outcome == "failed" or r.n) else r for r in standing]
     final = {record.path for record in standing if record.n == 0}
     failed = [record.path for record in standing if record.n == 0 and record.outcome == "failed"]
     lasting = {
@@ -109,6 +141,10 @@ def _void_failures(standing: list[Record]) -> list[Record]:
     }
     voided = {path for path in failed if not any(_comes_after(other, path) for other in lasting)}
     return [_voided(record) if record.path in voided else record for record in standing]
+
+
+def _is_undo(record: Record) -> bool:
+    return record.kind == "step" and record.path[-1] == 0
 
 
 def _comes_after(other: Path, path: Path) -> bool:

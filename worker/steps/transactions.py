@@ -82,7 +82,7 @@ TransactionOutcome = (
     Committed | Raised | Repeat | Uncertain | Lost | EndedByStep | Refused | TimedOut | CutShort
 )
 
-Documents = tuple[str, str, str]
+Documents = tuple[str, str, str, str | None]
 Conclude = Callable[[Any], Documents]
 """Turns the step's value into the documents of its completion. Called once, in the engine's loop; may raise."""
 
@@ -202,7 +202,7 @@ class _Attempt:
             return Repeat(error, begun=False)
         if disconnected:
             return Uncertain() if self.concluding else Repeat(error)
-        if is_conflict(original) or (self.concluding and is_transient(original)):
+        if state == "SW004" or is_conflict(original) or (self.concluding and is_transient(original)):
             return Repeat(error)
         if state == "SW001":
             return Lost()

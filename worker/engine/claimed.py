@@ -1,0 +1,421 @@
+"""One claim being worked on: what the advance of a run and a step on its own have in common.
+
+A claim is a loop over `Turn`s: what to do next, with the records that must be durable before it is acted upon (I7).
+Nothing here decides whether the claim still stands: each write carries the fence, and the first that is refused ends the
+work, silently for the run, counted for the operator.
+
+Executions are counted by what is recorded. One that was interrupted is recorded by the next claimant, in the flush
+before it acts: `claim.interrupted` says that the last claim died, `doing` which call it was at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from typing import Any, assert_never
+from uuid import UUID
+
+import msgspec
+
+from outbox.codec import encode_fault
+from outbox.settings import Settings
+from worker.context import StepInfo
+from worker.definitions import Step
+from worker.engine.claims import Claim, Mail
+from worker.engine.committer import Committer
+from worker.engine.reports import bug, ended_transaction, log_end, refused
+from worker.engine.transitions import Documents, Receipt, Verdict, Writing, encode, receipt_of
+from worker.engine.turns import Park, Release, Standing, Turn
+from worker.replay.decisions import Block, DoStep
+from worker.replay.guards import Guard
+from worker.replay.records import Record
+from worker.retries import Retry, failures_of
+from worker.steps.execution import (
+    Answered,
+    Call,
+    CutShort,
+    Executor,
+    NotDone,
+    Outcome,
+    Raised,
+    TimedOut,
+    uncancel,
+)
+from worker.steps.transactions import (
+    Committed,
+    EndedByStep,
+    Lost,
+    Refused,
+    Repeat,
+    Transactions,
+    Uncertain,
+)
+from worker.telemetry import metrics
+
+logger = logging.getLogger(__name__)
+
+HELD_WAIT_SECONDS = 1.0
+"""A retry that waits longer than this holds no slot: the run parks."""
+BUSY_THREAD_SECONDS = 1.0
+"""How long a call waits whose abandoned thread still lives in this process."""
+UNWRITABLE_SECONDS = 5.0
+"""How long a run waits whose very end is refused: only a person can help, and its step must not be executed again."""
+MAX_REPEATS = 20
+REPEAT_SECONDS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What the claims of one process share. `leaving` tells whether runs are to be given back.
+
+    `histories` and `mail` read what is recorded of runs, and what was sent to them.
+    """
+
+    committer: Committer
+    executor: Executor
+    transactions: Transactions
+    settings: Settings
+    guard: Guard
+    leaving: Callable[[], bool]
+    histories: Callable[[Sequence[Claim]], Awaitable[dict[UUID, list[Record]]]]
+    mail: Callable[[Sequence[UUID]], Awaitable[dict[UUID, list[Mail]]]]
+
+    def slots(self, step: Step[..., Any]) -> tuple[asyncio.Semaphore, ...]:
+        """Return what an execution of the step needs beside its run's own slot: a connection, a thread."""
+        connection = () if step.transaction is None else (self.transactions.connections,)
+        return connection if step.is_async else (*connection, self.executor.threads)
+
+
+class Claimed:
+    """One claim. `parked` tells how it came out. Subclasses say what its turns are."""
+
+    def __init__(self, claim: Claim, standing: Standing, means: Means) -> None:
+        self.claim = claim
+        self.parked = False
+        self._means = means
+        self._standing = standing
+        self._repeats = self._begun = 0
+        self._task: asyncio.Task[Any] | None = None
+        self._interruptible = False
+        self._executing_async = False
+        self._cancelling = False
+
+    # -- for the engine
+
+    async def run(self) -> None:
+        """Work until the task is parked or done, or the claim is lost."""
+        self._task = asyncio.current_task()
+        try:
+            turn: Turn | None = await self._opening()
+            while turn is not None:
+                turn = await self._carry_out(turn)
+        except Exception as error:
+            logger.exception("an advance failed", extra={"run_id": str(self.claim.run_id)})
+            await self._give_up(error)
+        finally:
+            self._close()
+
+    def cut(self) -> None:
+        """End the execution or wait that is under way; it is recorded as interrupted, and the run released."""
+        if self._interruptible and self._task is not None:
+            self._task.cancel()
+
+    def cancel(self) -> None:
+        """Take note that the run is to be cancelled: an async step ends now, a def step at its end."""
+        if not self._standing.cancelled and not self._cancelling:
+            self._cancelling = True
+            if self._executing_async:
+                self.cut()
+
+    async def _give_up(self, error: Exception) -> None:
+        """Block the run after a bug of ours: given back, it would meet it again, and execute its step each time."""
+        writing = self._standing.writing(Turn(bug(error)))
+        if writing is not None:
+            await self._means.committer.commit(writing)
+
+    # -- what subclasses say
+
+    async def _opening(self) -> Turn:
+        """Return the first turn."""
+        raise NotImplementedError
+
+    async def _again(self) -> Turn:
+        """Return the first turn again: the history has gone on since."""
+        raise NotImplementedError
+
+    def _prepared(self, turn: Turn) -> Turn:
+        """Return the turn with what has to be known or recorded before it is written."""
+        raise NotImplementedError
+
+    def _concluded(self, record: Record) -> Turn:
+        """Return what follows the final record of a step."""
+        raise NotImplementedError
+
+    def _cancelled(self, records: tuple[Record, ...] = ()) -> Turn:
+        """Return what follows a cancellation."""
+        raise NotImplementedError
+
+    def _expired(self, records: tuple[Record, ...] = ()) -> Turn:
+        """Return what follows when the run's deadline has passed."""
+        raise NotImplementedError
+
+    def _held(self, step: DoStep, records: tuple[Record, ...]) -> Turn:
+        """Return what follows the interruption of a step that is not to be executed again."""
+        raise NotImplementedError
+
+    async def _rewind(self) -> None:
+        """Forget that a step was concluded: what was decided because of it is not recorded."""
+
+    def _close(self) -> None:
+        """Drop what is held in memory."""
+
+    # -- the loop
+
+    async def _carry_out(self, turn: Turn) -> Turn | None:
+        """Write what the turn needs to be durable, then act on it; None when this claim is over."""
+        if not turn.written:
+            turn = self._prepared(turn)
+            writing = self._standing.writing(turn)
+            if writing is not None:
+                receipt = await self._means.committer.commit(writing)
+                if receipt.refused is not None and isinstance(turn.decision, Block):
+                    logger.error(
+                        "the database refuses even the end of a run", extra={"run_id": str(self.claim.run_id)}
+                    )
+                    await asyncio.sleep(UNWRITABLE_SECONDS)
+                if receipt.verdict is Verdict.BEHIND:
+                    return await self._again()
+                after = self._judged(receipt, turn, writing)
+                if after is not turn:
+                    return after
+        if type(turn.decision) is DoStep:
+            return await self._execute(turn.decision, turn.wait_seconds)
+        return None
+
+    def _judged(self, receipt: Receipt, turn: Turn, writing: Writing) -> Turn | None:
+        """Return the same turn when it was applied and can be acted upon, else what to do instead."""
+        if receipt.refused is not None:
+            return Turn(refused(receipt.refused))
+        if receipt.verdict is Verdict.FENCED:
+            self._lost()
+            return None
+        self._standing.applied(writing)
+        if writing.end is not None:
+            metrics.run_seconds(self.claim.workflow).observe(self._standing.seconds())
+            log_end(self.claim.run_id, self.claim.workflow, writing.end)
+        self.parked = writing.transition.then == "park"
+        if writing.transition.then != "move":
+            return None
+        if (receipt.cancelling or self._cancelling) and not self._standing.cancelled:
+            return self._cancelled()
+        return Turn(Release()) if receipt.pausing or self._means.leaving() else turn
+
+    def _lost(self) -> None:
+        metrics.FENCED.inc()
+        logger.warning("a claim was lost; its write was refused", extra={"run_id": str(self.claim.run_id)})
+
+    # -- executing
+
+    async def _execute(self, step: DoStep, wait_seconds: float) -> Turn | None:
+        self._interruptible = True
+        self._executing_async = step.step.is_async
+        try:
+            if wait_seconds:
+                await asyncio.sleep(wait_seconds)
+            slots = self._means.slots(step.step)
+            if not slots:
+                return await self._execute_now(step)
+            async with AsyncExitStack() as taken:
+                await self._take(slots, taken)
+                return await self._execute_now(step)
+        except asyncio.CancelledError:
+            if not uncancel():
+                raise
+            # It waited for its turn: nothing had started.
+            return self._cancelled() if self._cancelling else Turn(Release())
+        finally:
+            self._interruptible = self._executing_async = False
+
+    async def _take(self, slots: Sequence[asyncio.Semaphore], taken: AsyncExitStack) -> None:
+        """Wait for the slots that a step needs, but not beyond the deadline, which is found to have passed then."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._standing.remaining()):
+                for slot in slots:
+                    await taken.enter_async_context(slot)
+
+    async def _execute_now(self, step: DoStep) -> Turn | None:
+        instead = self._instead_of(step)
+        if instead is not None:
+            return instead
+        started = time.monotonic()
+        try:
+            if step.step.transaction is not None:
+                return await self._execute_transaction(step)
+            return self._after(step, await self._outcome(step))
+        finally:
+            metrics.step_seconds(step.step.name).observe(time.monotonic() - started)
+
+    def _instead_of(self, step: DoStep) -> Turn | None:
+        """Return what has to be done instead of executing a step now."""
+        if self._cancelling and not self._standing.cancelled:
+            return self._cancelled()
+        if self._means.leaving():
+            return Turn(Release())
+        if self._means.executor.is_abandoned(self.claim.run_id, step.path):
+            return Turn(Park(step.path, BUSY_THREAD_SECONDS))
+        return None if self._standing.deadline_passed() is None else self._expired()
+
+    def _outcome(self, step: DoStep) -> Awaitable[Outcome]:
+        call, timeout = self._call(step), self._timeout(step)
+        if step.earlier and step.step.verify is not None:
+            return self._verified(call, timeout)
+        return self._means.executor.execute(call, timeout)
+
+    async def _verified(self, call: Call, timeout: float | None) -> Outcome:
+        verified = await self._means.executor.verify(call, timeout)
+        return (
+            await self._means.executor.execute(call, timeout) if isinstance(verified, NotDone) else verified
+        )
+
+    def _call(self, step: DoStep) -> Call:
+        standing = self._standing
+        info = StepInfo(
+            self.claim.run_id, step.path, len(step.earlier) + 1, standing.fence, self.claim.key_epoch
+        )
+        return Call(step.step, step.arguments, standing.facts, info, self._means.settings.max_payload_bytes)
+
+    def _timeout(self, step: DoStep) -> float | None:
+        timeout, remaining = step.step.timeout, self._standing.remaining()
+        if timeout is None or remaining is None:
+            return remaining if timeout is None else timeout
+        return min(timeout, remaining)
+
+    # -- after an execution
+
+    def _after(self, step: DoStep, outcome: Outcome) -> Turn:
+        match outcome:
+            case Answered(value):
+                return self._concluded(self._standing.record_step(step, 0, "completed", value=value))
+            case Raised(error, final):
+                return self._failed(step, error, final=final)
+            case TimedOut():
+                return self._timed_out(step)
+            case CutShort():
+                interruption = self._standing.record_interruption(step)
+                return (
+                    self._cancelled((interruption,)) if self._cancelling else Turn(Release(), (interruption,))
+                )
+            case _:
+                assert_never(outcome)
+
+    def _timed_out(self, step: DoStep) -> Turn:
+        if self._standing.deadline_passed() is not None:
+            return self._expired((self._standing.record_interruption(step),))
+        if step.step.on_crash == "hold":
+            return self._held(step, (self._standing.record_interruption(step),))
+        return self._failed(
+            step, TimeoutError(f"no answer within {step.step.timeout or 0:g} s"), interrupted=True
+        )
+
+    def _failed(
+        self, step: DoStep, error: BaseException, *, final: bool = False, interrupted: bool = False
+    ) -> Turn:
+        """Judge a failure by the step's policy: deliver it, or try again here or later.
+
+        A time-out is an interruption that the policy counts.
+        """
+        standing = self._standing
+        fault = (
+            {"type": "TimeoutError", "message": str(error)}
+            if interrupted
+            else encode_fault(error, step.step.raises)
+        )
+        executions = standing.executions(step)
+        outcome = "interrupted" if interrupted else "failed"
+        failed = standing.record_step(step, len(executions) + 1, outcome, error=fault)
+        verdict = None
+        if step.step.retry is not None and not final:
+            verdict = step.step.retry.decide(failures_of([*executions, failed]), error)
+        if not isinstance(verdict, Retry):
+            return self._concluded(standing.record_step(step, 0, "failed", error=fault))
+        wait = verdict.seconds
+        if self._means.executor.is_abandoned(self.claim.run_id, step.path):
+            wait = max(wait, HELD_WAIT_SECONDS + BUSY_THREAD_SECONDS)
+        if wait > HELD_WAIT_SECONDS:
+            return Turn(Park(step.path, standing.cut_by_deadline(wait)), (failed,))
+        return Turn(with_earlier(step, failed), (failed,), wait_seconds=wait)
+
+    # -- transactional steps
+
+    async def _execute_transaction(self, step: DoStep) -> Turn | None:
+        concluded: list[tuple[Turn, Writing]] = []
+
+        def conclude(value: Any) -> Documents:
+            recorded = self._standing.record_step(step, 0, "completed", value=call.encoded(value))
+            turn = self._prepared(self._concluded(recorded))
+            writing = self._standing.writing(turn)
+            assert writing is not None
+            concluded.append((turn, writing))
+            return encode([writing])
+
+        call = self._call(step)
+        outcome = await self._means.transactions.execute(call, self._timeout(step), conclude)
+        if isinstance(outcome, Uncertain):
+            outcome = await self._resolved(step)
+        if isinstance(outcome, Committed):
+            self._repeats = self._begun = 0
+            turn, writing = concluded[0]
+            after = self._judged(receipt_of(outcome.code), turn, writing)
+            return msgspec.structs.replace(turn, written=True) if after is turn else after
+        if concluded:
+            await self._rewind()
+        match outcome:
+            case Raised() | TimedOut() | CutShort():
+                return self._after(step, outcome)
+            case Repeat() as repeat:
+                return self._repeated(step, repeat)
+            case Lost():
+                self._lost()
+                return None
+            case EndedByStep():
+                return Turn(ended_transaction(step))
+            case Refused(message):
+                return Turn(refused(message))
+            case _:
+                assert_never(outcome)
+
+    async def _resolved(self, step: DoStep) -> Committed | Repeat | Lost:
+        """Find out whether a COMMIT took place whose answer was lost: a flush that only bumps the position tells."""
+        turn = Turn(step)
+        probe = self._standing.move(turn, step.path)
+        receipt = await self._means.committer.commit(probe)
+        if receipt.verdict is Verdict.ALREADY:
+            return Committed(Verdict.ALREADY.value + 4 * receipt.cancelling)
+        if receipt.verdict is Verdict.FENCED:
+            return Lost()
+        self._standing.applied(probe)
+        return Repeat(ConnectionError("the connection was lost at COMMIT"))
+
+    def _repeated(self, step: DoStep, repeat: Repeat) -> Turn:
+        """Execute again what was rolled back for a reason that is not the step's.
+
+        A database that is away is waited for as long as it takes; losing the connection again and again, once the
+        step has been called, is an error.
+        """
+        self._repeats += 1
+        self._begun += repeat.begun
+        if self._begun > MAX_REPEATS:
+            return self._failed(step, repeat.error)
+        logger.info(
+            "a transactional step is repeated: %s", repeat.error, extra={"run_id": str(self.claim.run_id)}
+        )
+        return Turn(step, wait_seconds=min(HELD_WAIT_SECONDS, REPEAT_SECONDS * self._repeats), written=True)
+
+
+def with_earlier(step: DoStep, record: Record) -> DoStep:
+    """Return the execution with one more that came before it."""
+    return msgspec.structs.replace(step, earlier=(*step.earlier, record))

@@ -1,0 +1,70 @@
+"""Execute one step that is a task of its own: a branch of a join, or one with a queue of its own.
+
+The loop, the retries and the fence are those of `worker.engine.claimed`. What is different is the end: nobody drives a
+body here, the task is done, and the database tells the run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from outbox.codec import fingerprint
+from worker.definitions import Step
+from worker.engine.claimed import Claimed, Means, with_earlier
+from worker.engine.claims import Claim
+from worker.engine.turns import Done, Hold, Park, Standing, Turn
+from worker.replay.decisions import DoStep, Fail
+from worker.replay.records import Record, visible
+
+
+class Errand(Claimed):
+    """One claim of one step. `history` is what is recorded of this call, its epochs' openings included."""
+
+    def __init__(
+        self, claim: Claim, step: Step[..., Any], history: list[Record], means: Means, claimed_at: float
+    ) -> None:
+        super().__init__(claim, Standing(claim, history, claimed_at), means)
+        arguments = claim.args or "{}"
+        path = tuple(claim.path)
+        self._step = DoStep(path, step, arguments, fingerprint(arguments), _earlier(history), drift=False)
+
+    async def _opening(self) -> Turn:
+        step, standing = self._step, self._standing
+        records: tuple[Record, ...] = ()
+        if standing.interrupted:
+            standing.interrupted = False
+            recorded = standing.record_interruption(step)
+            records = (recorded,)
+            step = with_earlier(step, recorded)
+        if self.claim.cancelling:
+            return Turn(Done(), records)
+        executions = standing.executions(step)
+        if executions and executions[-1].outcome == "interrupted" and step.step.on_crash == "hold":
+            return Turn(Hold(), records)
+        due_in = standing.due_in(step.path)
+        if due_in is not None and due_in > 0 and not records:
+            return Turn(Park(step.path, due_in))
+        return Turn(step, records)
+
+    def _prepared(self, turn: Turn) -> Turn:
+        """Return the turn: it is the run that fails when its deadline has passed, and it is told."""
+        return msgspec.structs.replace(turn, decision=Done()) if isinstance(turn.decision, Fail) else turn
+
+    def _concluded(self, record: Record) -> Turn:
+        return Turn(Done(), (record,))
+
+    def _cancelled(self, records: tuple[Record, ...] = ()) -> Turn:
+        return Turn(Done(), records)
+
+    def _expired(self, records: tuple[Record, ...] = ()) -> Turn:
+        return Turn(Done(), records)
+
+    def _held(self, step: DoStep, records: tuple[Record, ...]) -> Turn:  # noqa: ARG002 - the run says which it was
+        return Turn(Hold(), records)
+
+
+def _earlier(history: list[Record]) -> tuple[Record, ...]:
+    """Return the executions that have come before, those that a retry has voided among them."""
+    return tuple(record for record in visible(history) if record.n and record.kind == "step")
