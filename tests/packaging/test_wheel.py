@@ -33,6 +33,9 @@ def test_the_wheel_holds_the_schema_the_statements_and_the_leads(wheel: Path) ->
         for statement in (ROOT / package).rglob("*.sql"):
             assert str(statement.relative_to(ROOT)) in names
     assert "worker/demo/leads.csv" in names
+    assert (
+        "stepwell_pytest.py" in names
+    )  # without it pytest would not start, as the wheel names it as a plugin
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
 
 

@@ -17,9 +17,10 @@ from worker.apps import load_app
 from worker.cli.connecting import session
 from worker.cli.mistakes import FAILED, Mistake
 from worker.cli.options import database_option, duration, json_option
-from worker.cli.recorded import from_database, from_file
+from worker.cli.recorded import from_file
 from worker.cli.rendering import print_json
 from worker.definitions import Workflow
+from worker.engine.recorded import from_database
 from worker.engine.sandbox import Sandbox
 from worker.replay.rehearsal import Mismatch, RecordedRun, rehearse
 

@@ -18,8 +18,9 @@ from outbox.settings import Settings
 from worker.cli.connecting import Session, session
 from worker.cli.mistakes import FAILED, Mistake, one_line
 from worker.cli.options import database_option, duration, json_option
-from worker.cli.recorded import from_database, line_of, to_file
+from worker.cli.recorded import line_of, to_file
 from worker.cli.rendering import console, print_json, run_table, run_view
+from worker.engine.recorded import from_database
 from worker.queries import load
 
 _SHORTEST_PREFIX = 4
