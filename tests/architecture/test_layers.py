@@ -20,8 +20,11 @@ FUNCTION_LINES = 60
 # Whoever drives a body is handed what it needs; nothing here may tell the time, wait or ask the database.
 PURE = tuple(
     f"worker/replay/{name}.py"
-    for name in ("driver", "decisions", "records", "calls", "cursor", "guards", "rehearsal")
-)
+    for name in (
+        "asides", "calls", "course", "cursor", "decisions", "driver", "effects", "guards", "judging", "records",
+        "rehearsal", "strands", "undoing", "verdicts",
+    )
+)  # fmt: skip
 IMPURE_IMPORTS = {
     "aiosmtpd",
     "asyncio",

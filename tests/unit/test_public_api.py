@@ -17,12 +17,13 @@ OUTBOX = {
 }  # fmt: skip
 
 WORKER = {
-    "Cancelled", "NOT_DONE", "Permanent", "RetryAfter", "RetryPolicy", "RunFacts", "Step", "StepFailed", "StepInfo",
-    "Workflow", "current_run", "current_step", "now", "random", "retrying", "sleep", "sleep_until", "step",
-    "transaction", "uuid", "wait", "workflow",
+    "Cancelled", "First", "NOT_DONE", "Permanent", "RetryAfter", "RetryPolicy", "RunFacts", "Step", "StepFailed",
+    "StepInfo", "Workflow", "call", "continue_as", "current_run", "current_step", "emit", "first", "gather", "map",
+    "now", "patched", "progress", "random", "retire_patch", "retrying", "set_state", "sleep", "sleep_until", "start",
+    "step", "transaction", "uuid", "wait", "wait_signal", "workflow",
 }  # fmt: skip
 
-STEP_OPTIONS = "name, retry, timeout, on_crash, verify, raises"
+STEP_OPTIONS = "name, retry, timeout, on_crash, verify, raises, queue, undo"
 
 OPTIONS = "queue, priority, delay, at, labels, deadline, lane, tenant, tx"
 
@@ -72,7 +73,7 @@ def test_definitions_take_these_options() -> None:
     assert parameters == {
         "step": set(STEP_OPTIONS.split(", ")),
         "transaction": set(STEP_OPTIONS.split(", ")) - {"verify"},
-        "workflow": {"name", "queue", "strict"},
+        "workflow": {"name", "queue", "strict", "version"},
     }
     assert list(inspect.signature(worker.retrying).parameters) == ["stop", "wait", "on"]
 

@@ -89,6 +89,48 @@ def test_what_a_retry_executed_anew_counts_and_a_second_retry_voids_it_again():
 
 
 def test_an_epoch_of_an_unknown_kind_is_refused_and_named():
-    opening = record((), "flow", kind="epoch", n=1, outcome="rewind", seq=1, epoch=1)
-    with pytest.raises(HistoryMismatch, match="rewind"):
+    opening = record((), "flow", kind="epoch", n=1, outcome="merge", seq=1, epoch=1)
+    with pytest.raises(HistoryMismatch, match="merge"):
         visible([opening])
+
+
+def test_a_rewind_forgets_the_call_that_it_goes_back_to_and_all_that_happened_after_it():
+    history = [
+        record(1, "a", value=1, seq=1),
+        record((2, 2, 1), "b", value=1, seq=2),
+        record((2, 1, 1), "c", value=1, seq=3),
+        record(3, "d", value=1, seq=4),
+        end(5),
+    ]
+    for to, left in ([2], ["1"]), ([2, 1], ["1", "2.2.1"]), ([3], ["1", "2.2.1", "2.1.1"]):
+        opening = record((), "flow", kind="epoch", n=1, outcome="rewind", value={"to": to}, seq=6, epoch=1)
+        assert [path for path, *_ in shown([*history, opening])] == left
+
+
+def test_a_fresh_start_forgets_everything_and_a_fork_nothing():
+    history = [record(1, "a", value=1, seq=1), record(2, "b", n=1, error=FAULT, seq=2)]
+    for outcome, left in ("continue", []), ("fork", ["1", "2"]):
+        opening = record((), "flow", kind="epoch", n=1, outcome=outcome, seq=3, epoch=1)
+        assert [path for path, *_ in shown([*history, opening])] == left
+
+
+def test_a_retry_voids_a_cancellation_and_what_the_body_did_to_clean_up():
+    history = [
+        record(1, "a", value=1, seq=1),
+        record((), "flow", kind="cancel", n=2, outcome="cancelled", seq=2),
+        record(2, "tidy", value=1, seq=3),
+        end(4),
+        retry(5),
+    ]
+    assert shown(history) == [("1", 0, "completed")]
+
+
+def test_once_the_undo_has_begun_a_retry_goes_on_with_it():
+    history = [
+        record(1, "a", value=1, seq=1),
+        record(2, "b", error=FAULT, seq=2),
+        record((1, 0), "undo a", error=FAULT, seq=3),
+        end(4),
+        retry(5),
+    ]
+    assert shown(history) == [("1", 0, "completed"), ("2", 0, "failed"), ("1.0", "last", VOIDED)]

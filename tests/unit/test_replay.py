@@ -12,7 +12,7 @@ from outbox.errors import PayloadError, Permanent, StepFailed
 from tests.unit.drives import Run, record
 from worker.context import sleep, wait
 from worker.definitions import collecting, step, workflow
-from worker.replay.decisions import Block, Fail, Finish, Sleep
+from worker.replay.decisions import Await, AwaitChild, Block, Fail, Finish, Sleep
 
 
 @pytest.fixture(autouse=True)
@@ -187,22 +187,23 @@ class TestCalls:
         assert run.finish() == Finish("20")
         assert len(run.history) == 1
 
-    def test_a_workflow_called_in_a_body_is_the_plain_function(self):
-        @step
-        def one() -> int:
-            return 1
-
+    def test_a_workflow_called_in_a_body_is_a_run_of_its_own(self):
         @workflow
-        def part() -> int:
-            return one() + one()
+        def part(a: int) -> int:
+            return a + 1
 
         @workflow
         async def whole() -> int:
-            return part() + one()
+            return part(1) + part(2)
 
         run = Run(whole)
-        assert run.finish() == Finish("3")
-        assert [each.path for each in run.history] == [(1,), (2,), (3,)]
+        decision = run.start()
+        assert isinstance(decision, Await)
+        (wait,) = decision.waits
+        assert wait.fresh
+        assert wait.call == AwaitChild((1,), part, '{"a":1}', of=(1,), starts=True)
+        run.history = [record(at, "part", kind="child", value=at * 10, seq=at) for at in (1, 2)]
+        assert run.finish() == Finish("30")
 
     def test_async_comprehensions_and_generators_of_a_body_may_await_steps(self):
         @step

@@ -189,12 +189,14 @@ class TestDeliver:
             await sleep(1)
 
         replay = Replay(flow, "{}", FACTS)
-        with pytest.raises(ValueError, match="no call"):
+        with pytest.raises(ValueError, match="waits for a final record of nothing"):
             replay.deliver(record(1))
         replay.start()
-        for wrong in (record(2), record(1, "one"), record(1, n=1)):
-            with pytest.raises(ValueError, match="at 1 waits"):
+        for wrong in (record(2), record(1, n=1)):
+            with pytest.raises(ValueError, match="waits for a final record of 1,"):
                 replay.deliver(wrong)
+        with pytest.raises(ValueError, match="the call at 1 is no step"):
+            replay.deliver(record(1, "one"))
         assert replay.deliver(record(1)) == Finish("null")
-        with pytest.raises(ValueError, match="no call"):
+        with pytest.raises(ValueError, match="waits for a final record of nothing"):
             replay.deliver(record(1))
