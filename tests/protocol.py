@@ -21,17 +21,29 @@ from psycopg.rows import TupleRow
 from outbox.database import connect
 from tests.waiting import wait_until
 from worker.engine.claims import Claim
-from worker.engine.transitions import EndRow, EndState, RecordRow, Then, Transition, Writing, encode
+from worker.engine.transitions import EndRow, EndState, Extra, RecordRow, Then, Transition, Writing, encode
 from worker.queries import load
 
 Db = psycopg.Connection[TupleRow]
 T = TypeVar("T")
 
-FENCED, APPLIED, ALREADY, CANCELLING = 0, 1, 2, 4
+FENCED, APPLIED, ALREADY, BEHIND, CANCELLING, PAUSING = 0, 1, 2, 3, 4, 8
 NO_FLOORS = [0] * 20
 STATEMENT_SECONDS = 20
 """A statement that a test leaves waiting for a lock ends by itself."""
-TABLES = ("runs", "keys", "tasks", "outbox", "signals", "state", "stream", "workers", "workflows", "counters", "doorbell")
+TABLES = (
+    "runs",
+    "keys",
+    "tasks",
+    "outbox",
+    "signals",
+    "state",
+    "stream",
+    "workers",
+    "workflows",
+    "counters",
+    "doorbell",
+)
 
 _ids = itertools.count(2_000_001)
 
@@ -53,22 +65,33 @@ class Held:
             datetime.now(UTC), value=None if value is None else msgspec.Raw(value.encode()), **more,
         )  # fmt: skip
 
-    def move(self, *records: RecordRow, doing: Sequence[int] | None = (1,)) -> Writing:
-        return self._writing("move", records, doing=doing)
+    def move(self, *records: RecordRow, doing: Sequence[int] | None = (1,), **more: Any) -> Writing:
+        return self._writing("move", records, doing=doing, **more)
 
     def park(
-        self, *records: RecordRow, doing: Sequence[int] | None = (1,), delay: float | None = None
+        self,
+        *records: RecordRow,
+        doing: Sequence[int] | None = (1,),
+        delay: float | None = None,
+        **more: Any,
     ) -> Writing:
-        return self._writing("park", records, doing=doing, delay=delay)
+        return self._writing("park", records, doing=doing, delay=delay, **more)
 
-    def release(self, *records: RecordRow) -> Writing:
-        return self._writing("release", records)
+    def release(self, *records: RecordRow, **more: Any) -> Writing:
+        return self._writing("release", records, **more)
 
     def wake(self) -> Writing:
         return self._writing("wake", ())
 
+    def done(self, *records: RecordRow, **more: Any) -> Writing:
+        """Return the end of a step or timer that is a task of its own."""
+        return self._writing("done", records, **more)
+
+    def hold(self, *records: RecordRow, **more: Any) -> Writing:
+        return self._writing("hold", records, **more)
+
     def finish(
-        self, *records: RecordRow, state: EndState = "succeeded", output: str | None = '"out"'
+        self, *records: RecordRow, state: EndState = "succeeded", output: str | None = '"out"', **more: Any
     ) -> Writing:
         """Return the end of the run: its record comes after the others."""
         error = None if state == "succeeded" else {"type": "E", "message": "it ended"}
@@ -76,15 +99,24 @@ class Held:
             (), 0, "run", self.claim.name, state, datetime.now(UTC), error=error
         )  # fmt: skip
         raw = msgspec.Raw(output.encode()) if output is not None and error is None else None
-        return self._writing("finish", (*records, ended), end=EndRow(state, raw, error))
+        return self._writing("finish", (*records, ended), end=EndRow(state, raw, error), **more)
 
     def _writing(
-        self, then: Then, records: Sequence[RecordRow], end: EndRow | None = None, **more: Any
+        self,
+        then: Then,
+        records: Sequence[RecordRow],
+        end: EndRow | None = None,
+        extras: Sequence[Extra] = (),
+        *,
+        family: bool = False,
+        **more: Any,
     ) -> Writing:
+        """Return a transition; `more` are fields of it."""
         transition = Transition(
-            self.task, self.attempt, self.position, self.run, self.claim.epoch or 0, then, self.wakeups, **more
+            self.task, self.attempt, self.position, self.run, self.claim.epoch or 0, then, self.wakeups,
+            parent=self.claim.parent, **more,
         )  # fmt: skip
-        return Writing(transition, tuple(records), end)
+        return Writing(transition, tuple(records), end, tuple(extras), family)
 
 
 class Worker:

@@ -35,8 +35,9 @@ def test_what_is_counted_is_what_is_recorded(lab: Lab) -> None:
     finish = two.finish(two.record(1, name="other"))
     worker.flush(one.move(*records, doing=(2,)), finish, stale.finish(stale.record(1)))
     assert worker.flush(finish) == [ALREADY]
-    worker.apply(waiting, waiting.park())
-    assert lab.cancel(waiting.run)
+    worker.apply(waiting, waiting.park(delay=3600.0))
+    (unclaimed,) = lab.enqueue()
+    assert lab.cancel(unclaimed)
     worker.apply_wakes()
     sleep = stale.record(1, name="sleep")
     sleep.kind = "sleep"

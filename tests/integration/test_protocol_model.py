@@ -246,13 +246,14 @@ class Machine(RuleBasedStateMachine):
         number, task = self.numbers, self._task(held.run)
         record = held.record(number) if progress else held.record(0, n=number, outcome="failed", value=None)
         doing = (number + 1,) if progress or task is None else task.doing
+        noted = True if number % 3 == 0 else None  # as whoever has handed the body its cancellation
         match then:
             case "move":
-                return held.move(record, doing=doing)
+                return held.move(record, doing=doing, cancelled=noted)
             case "park":
-                return held.park(record, doing=doing, delay=0.0)
+                return held.park(record, doing=doing, delay=0.0, cancelled=noted)
             case "release":
-                return held.release(record)
+                return held.release(record, cancelled=noted)
             case _:
                 return held.finish(record, state="failed" if number % 2 else "succeeded")
 
@@ -276,10 +277,12 @@ class Machine(RuleBasedStateMachine):
             task.interruptions = task.solo_deaths = 0
         if then != "release":
             task.doing, task.interrupted = doing, False
-        if then == "park" and held.wakeups == task.wakeups and not task.cancelling:
+        noted = writing.transition.cancelled is not None
+        if then == "park" and held.wakeups == task.wakeups and (noted or not task.cancelling):
             task.readied("waiting")
         elif then != "move":
             task.readied("suspect" if suspicious else "ready")
+        task.cancelling = task.cancelling and not noted
 
     def _apply_wakes(self, held: list[Held]) -> None:
         meant = {w.run for each in held if (w := self.wakes.pop(each.task)).epoch == self.runs[w.run].epoch}
@@ -287,11 +290,13 @@ class Machine(RuleBasedStateMachine):
             task = self._task(run)
             if task is None:
                 continue
-            if task.state == "claimed":
-                task.cancelling, task.wakeups = True, task.wakeups + 1
-            else:
-                task.seq += 1
+            if task.attempt == 0 and task.seq == 0:
+                task.seq = 1
                 self.runs[run].end("cancelled")
+                continue
+            task.cancelling, task.wakeups = True, task.wakeups + 1
+            if task.state != "claimed":
+                task.readied("suspect" if task.interruptions >= 2 else "ready")
 
     @precondition(lambda self: any(self.sent.values()))
     @rule(data=st.data())

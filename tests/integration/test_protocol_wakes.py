@@ -34,7 +34,7 @@ def parked(lab: Lab, worker: Worker) -> None:
 
 def waiting_for_others(lab: Lab, worker: Worker) -> None:
     held = worker.take()
-    worker.apply(held, held.park(held.record(1)))
+    worker.apply(held, held.park(held.record(1), awaits=["signal"]))
 
 
 def released(lab: Lab, worker: Worker) -> None:
@@ -55,17 +55,65 @@ def suspect(lab: Lab, worker: Worker) -> None:
     assert lab.one("select state from stepwell.tasks") == "suspect"
 
 
-@pytest.mark.parametrize("be", [ready, parked, waiting_for_others, released, shelved, suspect])
-def test_a_run_that_nobody_executes_ends_with_the_wake(lab: Lab, be: Callable[[Lab, Worker], None]) -> None:
+def retried(lab: Lab, worker: Worker) -> None:
+    held = worker.take()
+    worker.apply(held, held.finish(held.record(1), state="failed"))
+    assert lab.retry(held.run) == 1
+
+
+@pytest.mark.parametrize("be", [ready, shelved])
+def test_a_run_that_nobody_ever_claimed_ends_with_the_wake(
+    lab: Lab, be: Callable[[Lab, Worker], None]
+) -> None:
     (run,) = lab.enqueue()
     worker, other = lab.worker(), lab.worker("other")
     be(lab, worker)
-    before = len(lab.history(run))
     assert lab.cancel(run)
     assert other.apply_wakes() == 1  # any worker does it, whatever it knows
     assert cancelled(lab, run)
-    assert [seq for seq, *_ in lab.history(run)] == list(range(1, before + 2))
+    assert [seq for seq, *_ in lab.history(run)] == [1]
     assert lab.total("run", "cancelled") == 1
+
+
+@pytest.mark.parametrize("be", [parked, waiting_for_others, released, suspect, retried])
+def test_a_run_that_nobody_executes_is_readied_so_that_its_body_can_clean_up(
+    lab: Lab, be: Callable[[Lab, Worker], None]
+) -> None:
+    (run,) = lab.enqueue()
+    worker, other = lab.worker(), lab.worker("other")
+    be(lab, worker)
+    history = lab.history(run)
+    assert lab.cancel(run)
+    assert other.apply_wakes() == 1
+    wanted = "suspect" if be is suspect else "ready"
+    assert lab.rows("select state, cancelling, fresh from stepwell.tasks") == [(wanted, True, False)]
+    assert lab.history(run) == history
+
+    held = worker.take(alone=be is suspect)
+    assert held.claim.cancelling
+    assert worker.flush(held.move(doing=(2,), cancelled=True)) == [TOLD]
+    held.position += 1
+    worker.apply(held, held.park(delay=3600.0, cancelled=True))  # the clean-up may wait as well
+    assert lab.task(held.task) == "waiting"
+    lab.db.execute("update stepwell.tasks set due_at = clock_timestamp()")
+    assert lab.promote() == 1
+    held = worker.take()
+    assert not held.claim.cancelling
+    worker.apply(held, held.finish(state="cancelled"))
+    assert lab.state(run) == "cancelled"
+    assert lab.total("run", "cancelled") == 1
+
+
+def test_a_run_that_cleans_up_can_be_cancelled_again(lab: Lab) -> None:
+    (run,) = lab.enqueue()
+    worker = lab.worker()
+    held = worker.take()
+    for n in range(2):
+        assert lab.cancel(run)
+        assert worker.apply_wakes() == 1
+        assert worker.flush(held.move(held.record(n + 1), doing=(n + 2,), cancelled=True)) == [TOLD]
+        held.position += 1
+    worker.apply(held, held.finish(state="cancelled"))
 
 
 def test_a_delayed_run_is_cancelled_before_its_time(lab: Lab) -> None:
@@ -184,8 +232,16 @@ def test_a_wake_before_the_claim_is_known_to_the_claimant(lab: Lab) -> None:
     worker = lab.worker()
     lab.db.execute("update stepwell.tasks set wakeups = wakeups + 1")
     held = worker.take()
-    worker.apply(held, held.park())
+    worker.apply(held, held.park(awaits=["signal"]))
     assert lab.task(held.task) == "waiting"
+
+
+def test_a_park_that_nothing_would_end_is_ready_at_once(lab: Lab) -> None:
+    lab.enqueue()
+    worker = lab.worker()
+    held = worker.take()
+    worker.apply(held, held.park())
+    assert lab.task(held.task) == "ready"
 
 
 def test_a_wake_between_claim_and_park_readies_the_run_at_once(lab: Lab) -> None:
@@ -200,7 +256,7 @@ def test_a_wake_between_claim_and_park_readies_the_run_at_once(lab: Lab) -> None
 
 
 @pytest.mark.parametrize("park_first", [True, False])
-def test_a_park_and_a_wake_in_one_flush_end_the_run(lab: Lab, park_first: bool) -> None:
+def test_a_park_and_a_wake_in_one_flush_ready_the_run(lab: Lab, park_first: bool) -> None:
     (run,) = lab.enqueue()
     worker = lab.worker()
     held = worker.take()
@@ -208,7 +264,7 @@ def test_a_park_and_a_wake_in_one_flush_end_the_run(lab: Lab, park_first: bool) 
     (wake,) = worker.claim(0)
     pair = (held.park(held.record(1), delay=3600.0), wake.wake())
     assert worker.flush(*(pair if park_first else reversed(pair))) == [APPLIED, APPLIED]
-    assert cancelled(lab, run)
+    assert worker.take().claim.cancelling
 
 
 def test_an_end_and_a_wake_in_one_flush_keep_the_end(lab: Lab) -> None:
@@ -259,7 +315,7 @@ def test_a_wake_waits_for_a_flush_under_way_and_acts_on_what_it_left(lab: Lab, t
     elif then == "finish":
         assert lab.state(run) == "succeeded"
     else:
-        assert cancelled(lab, run)
+        assert lab.task(held.task, "state, cancelling") == ("ready", True)
 
 
 @pytest.mark.parametrize("then", ENDINGS)

@@ -21,8 +21,11 @@ Db = psycopg.Connection[TupleRow]
 
 _numbers = itertools.count(1)
 
-TABLES = ("runs", "keys", "tasks", "outbox", "workers", "workflows", "counters", "doorbell", "migrations")
-PRODUCERS_OWN = ("enqueue", "enqueue_many", "cancel")
+TABLES = (
+    "runs", "keys", "tasks", "outbox", "signals", "state", "stream", "workers", "workflows", "counters", "doorbell",
+    "migrations",
+)  # fmt: skip
+PRODUCERS_OWN = ("enqueue", "enqueue_many", "signal", "cancel")
 
 
 class Member:
@@ -92,13 +95,14 @@ def functions(db: Db) -> list[tuple[str, str]]:
 # -- producer ----------------------------------------------------------------------------------------
 
 
-def test_a_producer_enqueues_and_cancels_through_sql(producer: Member, db: Db) -> None:
+def test_a_producer_enqueues_signals_and_cancels_through_sql(producer: Member, db: Db) -> None:
     run = producer.one("select stepwell.enqueue('w', key => 'k')")
     assert producer.one("select stepwell.enqueue('w', key => 'k')") == run
     assert producer.one("select count(*) from stepwell.enqueue_many('w', array['{}', '{}']::json[])") == 2
+    assert producer.one("select stepwell.signal(%s, 'go', '{\"a\": 1}')", run)
     assert producer.one("select stepwell.cancel(%s)", run)
     row = db.execute("select count(*) filter (where kind = 'run'), count(*) from stepwell.tasks").fetchone()
-    assert row == (3, 4)
+    assert row == (3, 5)
 
 
 def test_a_producer_enqueues_and_cancels_through_the_client(producer: Member) -> None:
@@ -127,7 +131,7 @@ def test_a_producer_writes_no_table(producer: Member) -> None:
     assert producer.is_refused("create table stepwell.mine (a int)")
 
 
-def test_a_producer_calls_nothing_but_its_three_functions(producer: Member, db: Db) -> None:
+def test_a_producer_calls_nothing_but_its_four_functions(producer: Member, db: Db) -> None:
     for name, call in functions(db):
         if name not in PRODUCERS_OWN:
             assert producer.is_refused(f"select {call}"), name
@@ -256,7 +260,7 @@ def test_a_hostile_search_path_has_no_effect(producer: Member, db: Db) -> None:
     mine.execute(
         "create function hostile.enqueue_many(text, json[]) returns table (id uuid, created boolean) language sql as 'select null::uuid, true'"
     )
-    for table in ("runs", "keys", "tasks", "doorbell", "outbox"):
+    for table in ("runs", "keys", "tasks", "doorbell", "outbox", "signals"):
         mine.execute(f"create temp table {table} (like hostile.caught)".encode())
         mine.execute(f"create table hostile.{table} (like hostile.caught)".encode())
     mine.execute("create type hostile.json as (a int)")
@@ -267,14 +271,15 @@ def test_a_hostile_search_path_has_no_effect(producer: Member, db: Db) -> None:
     assert producer.one("select stepwell.enqueue('w', key => 'k')") == run
     many = "select id from stepwell.enqueue_many('w', array['{}']::pg_catalog.json[], keys => array['k'])"
     assert producer.one(many) == run
+    assert producer.one("select stepwell.signal(%s, 'go')", run)
     assert producer.one("select stepwell.cancel(%s)", run)
 
     assert producer.one("select coalesce(current_setting('test.caught', true), '')") == ""
-    for table in ("runs", "keys", "tasks"):
+    for table in ("runs", "keys", "tasks", "signals"):
         assert producer.one(f"select count(*) from pg_temp.{table}") == 0
         assert producer.one(f"select count(*) from hostile.{table}") == 0
     row = db.execute(
         "select (select count(*) from stepwell.runs), (select count(*) from stepwell.keys),"
         " (select count(*) from stepwell.tasks)"
     ).fetchone()
-    assert row == (1, 1, 2)
+    assert row == (1, 1, 3)
