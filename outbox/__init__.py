@@ -35,6 +35,7 @@ from outbox.errors import (
     Suspended,
     UnknownWorkflow,
 )
+from outbox.exchange import Progress, StreamItem
 from outbox.handles import AsyncRun, Run
 from outbox.history import HistoryRecord, RunInfo, TaskInfo
 from outbox.settings import Settings
@@ -51,6 +52,7 @@ __all__ = [
     "NotDeterministic",
     "PayloadError",
     "Permanent",
+    "Progress",
     "ResultTimeout",
     "RetryAfter",
     "Run",
@@ -64,6 +66,7 @@ __all__ = [
     "Settings",
     "StepFailed",
     "StepwellError",
+    "StreamItem",
     "Suspended",
     "TaskInfo",
     "UnknownWorkflow",

@@ -12,7 +12,8 @@ from uuid import UUID
 
 from typing_extensions import TypeVar
 
-from outbox import history, reasons, statements
+from outbox import exchange, history, reasons, statements
+from outbox.exchange import Following, Progress, StreamItem
 from outbox.handles import AsyncRun
 from outbox.history import HistoryRecord, RunInfo, TaskInfo
 from outbox.invocations import (
@@ -120,7 +121,7 @@ class AsyncClient:
             lane=lane,
             tenant=tenant,
         )
-        return self._stream(
+        return self._enqueued(
             chunks_async(inputs, checked_chunk(chunk)),
             target,
             function=function_of(workflow),
@@ -180,11 +181,44 @@ class AsyncClient:
         """Ask for the end of a run; return whether it was open. See `Client.cancel`."""
         return await self._runner.run(statements.cancel(run_uuid(run)), tx)
 
+    async def signal(
+        self, run: UUID | str, name: str, payload: Any = None, *, tx: AsyncTransaction | None = None
+    ) -> bool:
+        """Send a signal to a run; return whether it was open. See `Client.signal`."""
+        limit = self._runner.settings.max_payload_bytes
+        return await self._runner.run(exchange.signal(run_uuid(run), name, payload, limit), tx)
+
+    async def state(self, run: UUID | str) -> dict[str, Any]:
+        """Return what a run shows of itself; see `Client.state`."""
+        return await self._runner.run(exchange.state(run_uuid(run)))
+
+    async def progress(self, run: UUID | str) -> Progress | None:
+        """Return how far a run is; see `Client.progress`."""
+        return await self._runner.run(exchange.progress(run_uuid(run)))
+
+    def stream(
+        self,
+        run: UUID | str,
+        name: str | None = None,
+        *,
+        after: int = 0,
+        follow: bool = True,
+        timeout: Duration | None = None,
+    ) -> AsyncIterator[StreamItem]:
+        """Yield what a run emits, live: ``async for item in client.stream(run)``. See `Client.stream`."""
+        return self._followed(Following(run_uuid(run), name, after, follow=follow, timeout=timeout))
+
     async def retry(self, run: UUID | str) -> int:
         """Open an ended run again and return its new epoch; see `Client.retry`."""
         return await self._runner.run(statements.retry(run_uuid(run)))
 
-    async def _stream(
+    async def _followed(self, following: Following) -> AsyncIterator[StreamItem]:
+        while not following.over:
+            for item in following.take(await self._runner.run(following.statement())):
+                yield item
+            await asyncio.sleep(following.pause())
+
+    async def _enqueued(
         self,
         chunked: AsyncIterator[Sequence[Any]],
         target: Target,

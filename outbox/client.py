@@ -12,7 +12,8 @@ from uuid import UUID
 
 from typing_extensions import TypeVar
 
-from outbox import history, reasons, statements
+from outbox import exchange, history, reasons, statements
+from outbox.exchange import Following, Progress, StreamItem
 from outbox.handles import Run
 from outbox.history import HistoryRecord, RunInfo, TaskInfo
 from outbox.invocations import (
@@ -145,7 +146,7 @@ class Client:
             lane=lane,
             tenant=tenant,
         )
-        return self._stream(
+        return self._enqueued(
             chunks(inputs, checked_chunk(chunk)),
             target,
             function=function_of(workflow),
@@ -215,6 +216,45 @@ class Client:
         """
         return self._runner.run(statements.cancel(run_uuid(run)), tx)
 
+    def signal(
+        self, run: UUID | str, name: str, payload: Any = None, *, tx: Transaction | None = None
+    ) -> bool:
+        """Send a signal to a run, which takes it by `wait_signal(name)`; return whether it was open. A blocked run was.
+
+        Signals are kept until they are taken, so it may be sent before the run waits for it. `payload` is anything with
+        a JSON form. Raises ConfigError for the name, PayloadError. When the connection breaks it is not sent again:
+        each signal is taken once, so sending it twice is not the same as once.
+        """
+        limit = self._runner.settings.max_payload_bytes
+        return self._runner.run(exchange.signal(run_uuid(run), name, payload, limit), tx)
+
+    def state(self, run: UUID | str) -> dict[str, Any]:
+        """Return what a run shows of itself by `set_state` and `progress`: key to value. Raises RunNotFound."""
+        return self._runner.run(exchange.state(run_uuid(run)))
+
+    def progress(self, run: UUID | str) -> Progress | None:
+        """Return how far a run is, None if its body does not say. Raises RunNotFound."""
+        return self._runner.run(exchange.progress(run_uuid(run)))
+
+    def stream(
+        self,
+        run: UUID | str,
+        name: str | None = None,
+        *,
+        after: int = 0,
+        follow: bool = True,
+        timeout: Duration | None = None,
+    ) -> Iterator[StreamItem]:
+        """Yield what a run emits, live, in order, each item once, until the run has ended or is blocked.
+
+        `name`: only this stream of it. `after`: go on behind the item with this `position`. Without `follow` it ends
+        with what is there. What was emitted before a rewind or a fresh start of the run stays, and what comes after
+        follows it. `timeout`: how long to wait for the next item, in seconds; None waits for ever.
+
+        Raises ResultTimeout, RunNotFound; how the run has ended is for `result` to say.
+        """
+        return self._followed(Following(run_uuid(run), name, after, follow=follow, timeout=timeout))
+
     def retry(self, run: UUID | str) -> int:
         """Open a failed, cancelled or blocked run again and return its new epoch.
 
@@ -223,7 +263,12 @@ class Client:
         """
         return self._runner.run(statements.retry(run_uuid(run)))
 
-    def _stream(
+    def _followed(self, following: Following) -> Iterator[StreamItem]:
+        while not following.over:
+            yield from following.take(self._runner.run(following.statement()))
+            time.sleep(following.pause())
+
+    def _enqueued(
         self,
         chunked: Iterator[Sequence[Any]],
         target: Target,

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic
 from uuid import UUID
 
 from typing_extensions import TypeVar
 
+from outbox.exchange import Progress, StreamItem
 from outbox.history import RunInfo
+from outbox.statements import Duration
 
 if TYPE_CHECKING:
     from outbox.async_client import AsyncClient
     from outbox.client import Client
     from outbox.invocations import WorkflowLike
+    from outbox.transactions import AsyncTransaction, Transaction
 
 R_co = TypeVar("R_co", covariant=True, default=Any)
 
@@ -40,6 +44,24 @@ class Run(Generic[R_co]):
         """Ask for its end; return whether it was open."""
         return self._client.cancel(self.id)
 
+    def signal(self, name: str, payload: Any = None, *, tx: Transaction | None = None) -> bool:
+        """Send it a signal; return whether it was open. See `Client.signal`."""
+        return self._client.signal(self.id, name, payload, tx=tx)
+
+    def state(self) -> dict[str, Any]:
+        """Return what it shows of itself: key to value."""
+        return self._client.state(self.id)
+
+    def progress(self) -> Progress | None:
+        """Return how far it is, None if its body does not say."""
+        return self._client.progress(self.id)
+
+    def stream(
+        self, name: str | None = None, *, after: int = 0, follow: bool = True, timeout: Duration | None = None
+    ) -> Iterator[StreamItem]:
+        """Yield what it emits, live, until it has ended. See `Client.stream`."""
+        return self._client.stream(self.id, name, after=after, follow=follow, timeout=timeout)
+
 
 @dataclass(frozen=True, slots=True)
 class AsyncRun(Generic[R_co]):
@@ -62,3 +84,21 @@ class AsyncRun(Generic[R_co]):
     async def cancel(self) -> bool:
         """Ask for its end; return whether it was open."""
         return await self._client.cancel(self.id)
+
+    async def signal(self, name: str, payload: Any = None, *, tx: AsyncTransaction | None = None) -> bool:
+        """Send it a signal; return whether it was open. See `Client.signal`."""
+        return await self._client.signal(self.id, name, payload, tx=tx)
+
+    async def state(self) -> dict[str, Any]:
+        """Return what it shows of itself: key to value."""
+        return await self._client.state(self.id)
+
+    async def progress(self) -> Progress | None:
+        """Return how far it is, None if its body does not say."""
+        return await self._client.progress(self.id)
+
+    def stream(
+        self, name: str | None = None, *, after: int = 0, follow: bool = True, timeout: Duration | None = None
+    ) -> AsyncIterator[StreamItem]:
+        """Yield what it emits, live, until it has ended. See `Client.stream`."""
+        return self._client.stream(self.id, name, after=after, follow=follow, timeout=timeout)

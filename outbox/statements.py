@@ -114,6 +114,14 @@ def name_text(name: str, what: str) -> str:
     return name
 
 
+def exchanged_name(name: object, function: str, error: type[ConfigError | ValueError] = ValueError) -> None:
+    """Raise `error` unless a signal, a state or a stream can have this name."""
+    if not isinstance(name, str) or not name.isprintable() or not 1 <= len(name.encode()) <= MAX_NAME_BYTES:
+        raise error(f"{function}() takes a printable name of 1 to {MAX_NAME_BYTES} bytes, got {name!r}")
+    if name.startswith("stepwell:"):
+        raise error(f'{function}(): names that begin with "stepwell:" are Stepwell\'s own, got {name!r}')
+
+
 def run_uuid(run: UUID | str) -> UUID:
     """Return the id of a run, given as a UUID or as its text. Raises RunNotFound for other text."""
     if isinstance(run, UUID):

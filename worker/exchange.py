@@ -12,13 +12,12 @@ from datetime import timedelta
 from typing import Any, TypeVar, overload
 
 from outbox.errors import ConfigError
+from outbox.exchange import PROGRESS
+from outbox.statements import exchanged_name
 from worker.context import current_drive, in_step
 from worker.replay.calls import SignalCall
 
 T = TypeVar("T")
-
-PROGRESS = "progress"
-MAX_NAME_BYTES = 255
 
 
 @overload
@@ -31,7 +30,7 @@ def wait_signal(name: str, *, timeout: float | timedelta | None = None, type: An
     Signals are kept until they are taken, first in, first out; each is taken once. Raises TimeoutError when none has come
     for `timeout` seconds, and PayloadError when its payload does not fit. In a def body it goes through `wait`.
     """
-    _require_name(name, "wait_signal")
+    exchanged_name(name, "wait_signal")
     drive = current_drive.get()
     if drive is None:
         raise ConfigError(
@@ -47,7 +46,7 @@ def wait_signal(name: str, *, timeout: float | timedelta | None = None, type: An
 
 def set_state(key: str, value: Any) -> None:
     """Show `value` (anything with a JSON form) under `key` to whoever reads the state of the run: `client.state(run)`."""
-    _require_name(key, "set_state")
+    exchanged_name(key, "set_state")
     drive = _drive("set_state")
     if drive is not None:
         drive.show(key, value)
@@ -65,7 +64,7 @@ def progress(done: float, total: float | None = None) -> None:
 
 def emit(name: str, value: Any) -> None:
     """Append `value` to the stream `name` of the run, which `client.stream(run, name)` follows."""
-    _require_name(name, "emit")
+    exchanged_name(name, "emit")
     drive = _drive("emit")
     if drive is not None:
         drive.emit(name, value)
@@ -78,10 +77,3 @@ def _drive(function: str) -> Any:
             f"{function}() belongs into the body of a workflow: call it there with what the step returns"
         )
     return drive
-
-
-def _require_name(name: Any, function: str) -> None:
-    if not isinstance(name, str) or not name.isprintable() or not 1 <= len(name.encode()) <= MAX_NAME_BYTES:
-        raise ValueError(f"{function}() takes a printable name of 1 to {MAX_NAME_BYTES} bytes, got {name!r}")
-    if name.startswith("stepwell:"):
-        raise ValueError(f'{function}(): names that begin with "stepwell:" are Stepwell\'s own, got {name!r}')

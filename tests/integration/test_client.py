@@ -478,6 +478,15 @@ def test_an_enqueue_without_a_key_is_not_repeated_when_its_connection_is_cut(
     assert one(db, "select count(*) from stepwell.runs") == 0
 
 
+def test_a_signal_is_not_sent_again_when_its_connection_is_cut(
+    client: Client, database_url: str, db: Db
+) -> None:
+    run = client.enqueue("w")
+    with pytest.raises(psycopg.OperationalError):
+        in_the_middle(database_url, db, lambda: run.signal("s"))
+    assert one(db, "select count(*) from stepwell.signals") == 0
+
+
 def test_a_stream_goes_on_over_a_restart_of_the_database(cluster: Cluster, client: Client, db: Db) -> None:
     checkpoint(db)
 

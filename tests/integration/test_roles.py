@@ -105,11 +105,12 @@ def test_a_producer_enqueues_signals_and_cancels_through_sql(producer: Member, d
     assert row == (3, 5)
 
 
-def test_a_producer_enqueues_and_cancels_through_the_client(producer: Member) -> None:
+def test_a_producer_enqueues_signals_and_cancels_through_the_client(producer: Member) -> None:
     with Client(producer.url) as client:
         run = client.enqueue(welcome, Lead(1), key=1)
         assert not client.enqueue("welcome", lead={"id": 1}, key=1).created
         assert len(list(client.enqueue_many(welcome, [Lead(2), Lead(3)]))) == 2
+        assert run.signal("approved", {"by": "Ada"})
         assert run.cancel()
         with connect(producer.url, application_name="test", autocommit=False) as tx:
             client.enqueue(welcome, Lead(4), tx=tx)
@@ -141,6 +142,10 @@ def test_the_client_tells_a_producer_which_role_reads(producer: Member) -> None:
     with Client(producer.url) as client:
         with pytest.raises(ConfigError, match="stepwell_viewer to read"):
             client.get(uuid4())
+        with pytest.raises(ConfigError, match="stepwell_viewer to read"):
+            client.state(uuid4())
+        with pytest.raises(ConfigError, match="stepwell_viewer to read"):
+            next(client.stream(uuid4()))
         with pytest.raises(ConfigError, match="stepwell_worker to retry"):
             client.retry(uuid4())
 
@@ -158,6 +163,8 @@ def test_a_viewer_reads_everything(viewer: Member, db: Db) -> None:
         assert client.get(run).input == {"a": 1}
         assert [info.id for info in client.list()] == [run]
         assert client.history(run) == []
+        assert (client.state(run), client.progress(run)) == ({}, None)
+        assert list(client.stream(run, follow=False)) == []
         assert [task.state for task in client.tasks(run)] == ["claimed"]
         assert client.why(run) is None
 
@@ -178,6 +185,11 @@ def test_a_viewer_calls_no_function(viewer: Member, db: Db) -> None:
         assert viewer.is_refused(f"select {call}"), name
     with Client(viewer.url) as client, pytest.raises(ConfigError, match="stepwell_producer to enqueue"):
         client.enqueue("w")
+    with (
+        Client(viewer.url) as client,
+        pytest.raises(ConfigError, match="stepwell_producer to enqueue, signal"),
+    ):
+        client.signal(uuid4(), "s")
 
 
 # -- worker ------------------------------------------------------------------------------------------

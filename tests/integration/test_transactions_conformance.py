@@ -61,6 +61,10 @@ class Caller:
         answer: bool = await self._call(lambda: self.client.cancel(run, tx=self.tx))
         return answer
 
+    async def signal(self, run: UUID, payload: Any) -> bool:
+        answer: bool = await self._call(lambda: self.client.signal(run, "100 %", payload, tx=self.tx))
+        return answer
+
     async def write(self, note: str) -> None:
         await self._call(lambda: self._run_sql(f"insert into business values ('{note}')"))
 
@@ -235,6 +239,23 @@ async def test_cancel_joins_as_well(caller: Caller, db: Db) -> None:
     assert await caller.cancel(run)
     await caller.commit()
     assert stored(db) == (0, 1, 2, 0)
+
+
+async def test_signal_joins_as_well(caller: Caller, db: Db) -> None:
+    run, _ = await caller.enqueue(Lead(1))
+    assert await caller.signal(run, "with the run itself")
+    await caller.commit()
+    assert await caller.signal(run, "rolled back")
+    await caller.rollback()
+    with pytest.raises(PayloadError):
+        await caller.signal(run, object())
+    assert await caller.signal(run, {"by": "Ada", "share": "50 %"})
+    await caller.commit()
+    sent = db.execute(
+        "select payload::text from stepwell.signals where name = '100 %' order by id"
+    ).fetchall()
+    assert sent == [('"with the run itself"',), ('{"by":"Ada","share":"50 %"}',)]
+    assert stored(db) == (0, 1, 3, 0)
 
 
 async def test_what_can_be_checked_is_refused_before_it_could_abort_the_transaction(

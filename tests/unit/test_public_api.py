@@ -11,9 +11,9 @@ from outbox import AsyncClient, AsyncRun, Client, Run
 
 OUTBOX = {
     "AsyncClient", "AsyncRun", "Cancelled", "Client", "ConfigError", "DeadlineExceeded", "HistoryMismatch",
-    "HistoryRecord", "NotDeterministic", "PayloadError", "Permanent", "ResultTimeout", "RetryAfter", "Run",
+    "HistoryRecord", "NotDeterministic", "PayloadError", "Permanent", "Progress", "ResultTimeout", "RetryAfter", "Run",
     "RunBlocked", "RunCancelled", "RunConflict", "RunFailed", "RunInfo", "RunNotFound", "SchemaError", "Settings",
-    "StepFailed", "StepwellError", "Suspended", "TaskInfo", "UnknownWorkflow",
+    "StepFailed", "StepwellError", "StreamItem", "Suspended", "TaskInfo", "UnknownWorkflow",
 }  # fmt: skip
 
 WORKER = {
@@ -35,13 +35,25 @@ CLIENT = {
     "get": "run",
     "history": "run",
     "list": "workflow, status, limit, before",
+    "progress": "run",
     "result": "run, timeout, workflow",
     "retry": "run",
+    "signal": "run, name, payload, tx",
+    "state": "run",
+    "stream": "run, name, after, follow, timeout",
     "tasks": "run",
     "why": "run",
 }
 
-RUN = {"cancel": "", "info": "", "result": "timeout"}
+RUN = {
+    "cancel": "",
+    "info": "",
+    "progress": "",
+    "result": "timeout",
+    "signal": "name, payload, tx",
+    "state": "",
+    "stream": "name, after, follow, timeout",
+}
 
 
 def methods(cls: type) -> dict[str, str]:
