@@ -230,7 +230,7 @@ async def test_a_run_whose_very_end_is_refused_neither_spins_nor_is_executed_aga
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep_house_often(monkeypatch)
-    monkeypatch.setattr("worker.engine.advance.UNWRITABLE_SECONDS", 0.3)
+    monkeypatch.setattr("worker.engine.claimed.UNWRITABLE_SECONDS", 0.3)
     sending = Sending()
     run = await lab.enqueue(sending.flow, {"n": 1})
     await lab.execute(

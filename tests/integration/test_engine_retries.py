@@ -292,8 +292,8 @@ async def test_a_timeout_error_of_the_step_itself_is_an_ordinary_failure(lab: La
 async def test_a_def_step_that_times_out_is_abandoned_and_not_tried_again_here_while_its_thread_lives(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.engine.advance.HELD_WAIT_SECONDS", 0.1)
-    monkeypatch.setattr("worker.engine.advance.BUSY_THREAD_SECONDS", 0.2)
+    monkeypatch.setattr("worker.engine.claimed.HELD_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr("worker.engine.claimed.BUSY_THREAD_SECONDS", 0.2)
     gate, threads = Gate(), list[int]()
     with collecting() as registry:
 

@@ -1,9 +1,8 @@
-"""Sleeps, deadlines and cancellations: what happens to a run by the clock, or by somebody else."""
+"""Sleeps and deadlines: what happens to a run by the clock."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -14,10 +13,9 @@ from psycopg import AsyncConnection
 from tenacity import stop_after_attempt, wait_fixed
 
 from tests.effects import Gate
-from tests.engines import Lab, until
-from tests.waiting import wait_until_async
+from tests.engines import Lab
 from worker import now, retrying, sleep, sleep_until, step, transaction, wait, workflow
-from worker.definitions import Registry, Workflow, collecting
+from worker.definitions import collecting
 
 
 @pytest_asyncio.fixture
@@ -293,144 +291,3 @@ async def test_a_timeout_before_the_deadline_is_a_time_out_of_the_step(lab: Lab)
     async with lab.engine(registry):
         failed = await lab.ended(await lab.enqueue(timing, deadline=timedelta(minutes=1)))
     assert (failed.state, failed.error["type"]) == ("failed", "TimeoutError")
-
-
-# -- cancel
-
-
-def cancellable(gate: Gate, executed: list[int]) -> tuple[Registry, Workflow[..., Any]]:
-    with collecting() as registry:
-
-        @step
-        async def work(n: int) -> None:
-            executed.append(n)
-            await gate.passed()
-
-        @workflow
-        async def working(nap: float = 0) -> None:
-            if nap:
-                await sleep(nap)
-            await work(1)
-            await work(2)
-
-    return registry, working
-
-
-async def test_a_pending_run_is_cancelled_at_once(lab: Lab) -> None:
-    gate, executed = Gate(), list[int]()
-    registry, working = cancellable(gate, executed)
-    async with lab.engine(registry):
-        run = await lab.enqueue(working, delay=timedelta(hours=1))
-        assert await lab.cancel(run)
-        assert (await lab.ended(run)).state == "cancelled"
-        assert not await lab.cancel(run)
-        assert await lab.execute("select count(*) from stepwell.tasks") == [(0,)]
-    assert executed == []
-
-
-async def test_a_sleeping_run_is_cancelled_at_once(lab: Lab) -> None:
-    gate, executed = Gate(), list[int]()
-    registry, working = cancellable(gate, executed)
-    async with lab.engine(registry):
-        run = await lab.enqueue(working, {"nap": 3600})
-        await lab.waits(run)
-        started = time.monotonic()
-        await lab.cancel(run)
-        assert (await lab.ended(run)).state == "cancelled"
-        assert time.monotonic() - started < 5
-    assert executed == []
-
-
-async def test_a_running_run_is_cancelled_before_its_next_step(lab: Lab) -> None:
-    gate, executed = Gate(), list[int]()
-    registry, working = cancellable(gate, executed)
-    async with lab.engine(registry):
-        run = await lab.enqueue(working)
-        await gate.reached()
-        assert await lab.cancel(run)
-
-        async def told() -> bool:
-            rows = await lab.execute(
-                "select cancelling from stepwell.tasks where run_id = %s and kind = 'run'", [run]
-            )
-            return bool(rows and rows[0][0])
-
-        await until(told)
-        assert (await lab.run(run)).state == "open"
-        gate.open()
-        assert (await lab.ended(run)).state == "cancelled"
-    assert executed == [1]
-    assert await lab.history(run) == [("1", 0, "completed")]
-    assert await lab.totals("run") == {"cancelled": 1}
-
-
-async def test_a_run_is_cancelled_although_every_slot_is_taken(lab: Lab) -> None:
-    gate, executed = Gate(), list[int]()
-    registry, working = cancellable(gate, executed)
-    async with lab.engine(registry, concurrency=1):
-        await lab.enqueue(working)
-        await gate.reached()
-        waiting = await lab.enqueue(working)
-        await lab.cancel(waiting)
-        assert (await lab.ended(waiting)).state == "cancelled"
-        gate.open()
-
-
-async def test_a_cancellation_survives_the_worker_that_was_told(lab: Lab) -> None:
-    gate, executed = Gate(), list[int]()
-    registry, working = cancellable(gate, executed)
-    async with lab.engine(registry) as engine:
-        run = await lab.enqueue(working)
-        await gate.reached()
-        await lab.cancel(run)
-
-        async def told() -> bool:
-            rows = await lab.execute(
-                "select cancelling from stepwell.tasks where run_id = %s and kind = 'run'", [run]
-            )
-            return bool(rows and rows[0][0])
-
-        await until(told)
-        await engine.crash()
-    gate.open()
-    async with lab.engine(registry):
-        assert (await lab.ended(run)).state == "cancelled"
-    assert executed == [1]
-
-
-async def test_a_cancelled_run_can_be_retried_and_goes_on_where_it_was(lab: Lab) -> None:
-    gate, executed = Gate(), list[int]()
-    registry, working = cancellable(gate, executed)
-    async with lab.engine(registry):
-        run = await lab.enqueue(working)
-        await gate.reached()
-        await lab.cancel(run)
-        await lab.cancel(run)
-        await wait_until_async(lambda: True)
-        gate.open()
-        ended = await lab.ended(run)
-        if ended.state == "cancelled":  # it may have been faster
-            assert await lab.retry(run) == 1
-            assert (await lab.ended(run)).state == "succeeded"
-    assert executed == [1, 2]
-
-
-async def test_a_cancellation_of_a_run_that_has_ended_changes_nothing(lab: Lab) -> None:
-    gate, executed = Gate(), list[int]()
-    registry, working = cancellable(gate, executed)
-    async with lab.engine(registry):
-        run = await lab.enqueue(working)
-        await gate.reached()
-        other = Lab(lab.url)
-        await other.execute("begin")
-        await other.cancel(run)  # asked while it runs, committed when it has ended
-        gate.open()
-        await lab.succeeded(run)
-        await other.execute("commit")
-        await other.__aexit__()
-
-        async def applied() -> bool:
-            return await lab.execute("select count(*) from stepwell.tasks") == [(0,)]
-
-        await until(applied)
-        assert (await lab.run(run)).state == "succeeded"

@@ -141,7 +141,7 @@ async def test_a_server_that_cannot_write_just_now_repeats_the_execution(lab: La
 async def test_a_transaction_that_could_not_be_opened_just_now_is_no_failure_of_the_step(
     lab: Lab, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.engine.advance.MAX_REPEATS", 1)
+    monkeypatch.setattr("worker.engine.claimed.MAX_REPEATS", 1)
     monkeypatch.setattr("worker.steps.transactions._OPENING", f"{transactions._OPENING}, public.flaky()")
     await lab.execute("create sequence attempts")
     await lab.execute(
@@ -194,7 +194,7 @@ async def test_a_connection_lost_in_the_step_repeats_it(lab: Lab, kind: str) -> 
 async def test_a_step_that_always_loses_its_connection_fails_in_the_end(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.engine.advance.MAX_REPEATS", 3)
+    monkeypatch.setattr("worker.engine.claimed.MAX_REPEATS", 3)
 
     def dying(given: Any, run: Any) -> None:
         run("select pg_terminate_backend(pg_backend_pid())")
@@ -297,8 +297,8 @@ async def test_a_stale_transaction_is_refused_and_rolled_back(
 async def test_a_long_outage_is_waited_for_and_is_no_failure_of_the_step(
     lab: Lab, cluster: Cluster, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.engine.advance.MAX_REPEATS", 3)
-    monkeypatch.setattr("worker.engine.advance.REPEAT_SECONDS", 0.01)
+    monkeypatch.setattr("worker.engine.claimed.MAX_REPEATS", 3)
+    monkeypatch.setattr("worker.engine.claimed.REPEAT_SECONDS", 0.01)
     before = Gate()
     business = Business(kind)
     with collecting() as registry:

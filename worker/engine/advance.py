@@ -62,9 +62,14 @@ class Advance(Claimed):
         self._history = None  # the replay has what it needs of it
         if isinstance(decision, Block):
             return Turn(decision)
-        if self.claim.cancelling and not standing.cancelled:
-            return self._cancelled()
-        return Turn(decision) if passed is None else self._expired()
+        if passed is None and (standing.cancelled or not self.claim.cancelling):
+            return Turn(decision)
+        died_in = self._died_in(decision) if isinstance(decision, DoStep) else ()
+        return (
+            self._cancelled(died_in)
+            if self.claim.cancelling and not standing.cancelled
+            else self._expired(died_in)
+        )
 
     async def _again(self) -> Turn:
         """Drive anew: what was recorded meanwhile comes before what this claim wanted to record."""
@@ -114,6 +119,7 @@ class Advance(Claimed):
         assert self._replay is not None
         strict = self._replay.branched
         self._standing.cancelled = True
+        self._standing.interrupted = False  # what the body calls from now on, the last claim has not begun
         return Turn(self._delivered(record), (*records, record), strict=strict)
 
     def _held(self, step: DoStep, records: tuple[Record, ...]) -> Turn:
@@ -172,10 +178,7 @@ class Advance(Claimed):
         standing, records = self._standing, turn.records
         if not standing.returned and not step.earlier:
             return turn  # what is neither resumed nor repeated: nearly every step
-        here = standing.doing == step.path
-        if standing.interrupted and (here or (standing.doing is None and not step.step.is_careful)):
-            standing.interrupted = False
-            recorded = standing.record_interruption(step)
+        for recorded in self._died_in(step):
             records = (*records, recorded)
             step = with_earlier(step, recorded)
         executions = standing.executions(step)
@@ -185,6 +188,15 @@ class Advance(Claimed):
         if due_in is not None and due_in > 0 and not records:
             return msgspec.structs.replace(turn, decision=Park(step.path, standing.cut_by_deadline(due_in)))
         return msgspec.structs.replace(turn, decision=step, records=records)
+
+    def _died_in(self, step: DoStep) -> tuple[Record, ...]:
+        """Return the record of the execution in which the last claim died, if it was one of this step."""
+        standing = self._standing
+        here = standing.doing == step.path or (standing.doing is None and not step.step.is_careful)
+        if not (standing.interrupted and here):
+            return ()
+        standing.interrupted = False
+        return (standing.record_interruption(step),)
 
     def _prepared_sleep(self, sleep: Sleep, turn: Turn) -> Turn:
         standing = self._standing
