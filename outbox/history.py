@@ -10,6 +10,7 @@ from uuid import UUID
 
 from outbox.codec import decode
 from outbox.errors import ConfigError, RunNotFound
+from outbox.exchange import Progress, progress_of
 from outbox.queries import load
 from outbox.statements import Rows, Statement
 
@@ -29,7 +30,7 @@ class RunInfo:
     priority: int
     labels: Mapping[str, Any]
     epoch: int
-    """how often it was retried"""
+    """how often it was retried, rewound, forked or started anew"""
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -47,6 +48,12 @@ class RunInfo:
     claimed_by: int | None
     interruptions: int | None
     """claims that died at `doing`"""
+    version: str = ""
+    """of its workflow, empty if it has none"""
+    parent: UUID | None = None
+    """the run that has called it"""
+    progress: Progress | None = None
+    """how far it is, if its body says so"""
 
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` shows."""
@@ -64,7 +71,7 @@ class HistoryRecord:
     n: int
     """0 the final outcome of the call, otherwise its nth execution, which failed or was interrupted"""
     kind: str
-    """step, sleep, run (its end) or epoch (a retry)"""
+    """step, sleep, signal, child, patch; at the empty path run (its end), cancel, epoch (how a new one was opened)"""
     name: str
     outcome: str
     value: Any
@@ -84,19 +91,22 @@ class TaskInfo:
 
     id: int
     kind: str
-    """run, step or wake"""
+    """run (its own), step, timer or window (of its calls), wake (a fact to apply to it)"""
     path: tuple[int, ...]
     name: str
+    """what a worker must know: WORKFLOW or WORKFLOW@VERSION, step:NAME"""
     queue: str
     priority: int
     state: str
-    """ready, claimed, waiting, shelved (no live worker knows its name) or suspect (will be tried alone)"""
+    """ready, claimed, waiting, paused, shelved (no live worker knows its name) or suspect (will be tried alone)"""
     due_at: datetime | None
     attempt: int
     doing: tuple[int, ...] | None
     interruptions: int
     cancelling: bool
     claimed_by: int | None
+    awaits: tuple[str, ...] = ()
+    """of the run's own: the signals that it waits for; stepwell:child for the result of a child"""
 
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` shows."""
@@ -154,7 +164,8 @@ def not_found(run: UUID) -> RunNotFound:
 
 def _run_info(row: Sequence[Any]) -> RunInfo:
     (run, workflow, status, queue, priority, labels, epoch, created_at, started_at, finished_at, deadline_at,
-     given, output, error, attempt, doing, due_at, task_state, claimed_by, interruptions) = row  # fmt: skip
+     given, output, error, attempt, doing, due_at, task_state, claimed_by, interruptions, version, parent,
+     progress) = row  # fmt: skip
     return RunInfo(
         id=UUID(run),
         workflow=workflow,
@@ -176,6 +187,9 @@ def _run_info(row: Sequence[Any]) -> RunInfo:
         task_state=task_state,
         claimed_by=claimed_by,
         interruptions=interruptions,
+        version=version,
+        parent=None if parent is None else UUID(parent),
+        progress=progress_of(_json(progress, run)),
     )
 
 
@@ -212,10 +226,11 @@ def _task(row: Sequence[Any]) -> TaskInfo:
         interruptions,
         cancelling,
         owner,
+        awaits,
     ) = row
     return TaskInfo(
         number, kind, tuple(path), name, queue, priority, state, due_at, attempt, _path(doing), interruptions,
-        cancelling, owner,
+        cancelling, owner, tuple(awaits or ()),
     )  # fmt: skip
 
 
@@ -232,4 +247,8 @@ def _shown(value: Any) -> Any:
         return str(value)
     if isinstance(value, datetime):
         return value.isoformat()
-    return dotted(value) if isinstance(value, tuple) else value
+    if isinstance(value, Progress):
+        return value.to_json()
+    if isinstance(value, tuple):
+        return list(value) if value and isinstance(value[0], str) else dotted(value)
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ import psycopg
 import pytest
 from psycopg.rows import TupleRow
 
-from outbox import AsyncClient, Client, ConfigError, RunNotFound, Settings
+from outbox import AsyncClient, Client, ConfigError, Progress, RunNotFound, Settings
 from outbox.database import connect
+from outbox.history import STATUSES
 from tests.claimant import Claimant
 
 Db = psycopg.Connection[TupleRow]
@@ -90,7 +92,7 @@ def test_a_run_as_json(client: Client, worker: Claimant) -> None:
     assert list(shown) == [
         "id", "workflow", "status", "queue", "priority", "labels", "epoch", "created_at", "started_at", "finished_at",
         "deadline_at", "input", "output", "error", "attempt", "doing", "due_at", "task_state", "claimed_by",
-        "interruptions",
+        "interruptions", "version", "parent", "progress",
     ]  # fmt: skip
 
 
@@ -185,6 +187,98 @@ def test_runs_are_listed_by_status(client: Client, worker: Claimant, db: Db) -> 
         assert client.list(status=status, workflow="v") == []
         assert client.list(status=status, before=run) == []
     assert len(client.list()) == 7
+
+
+STATES = ("ready", "claimed", "waiting", "shelved", "suspect", "paused")
+
+
+def test_the_lists_by_status_are_what_the_view_says(client: Client, db: Db) -> None:
+    """Every state of the run's own task, whatever is claimed beside it."""
+    cases = [
+        (state, attempt, fresh, driven, beside)
+        for state in STATES
+        for attempt, fresh, driven in (
+            (0, True, -1),
+            (0, False, -1),
+            (2, False, -1),
+            (2, False, 3),
+            (2, True, 0),
+        )
+        for beside in ((), ("claimed",), ("ready", "waiting"), ("ready", "claimed"))
+    ]
+    for kind, (state, attempt, fresh, driven, beside) in zip(itertools.cycle(("step", "timer")), cases):
+        run = client.enqueue("w").id
+        db.execute(
+            "update stepwell.tasks set state = %s, attempt = %s, fresh = %s, driven = %s, claimed_by = %s where run_id = %s",
+            [state, attempt, fresh, driven, 1 if state == "claimed" else None, run],
+        )
+        for number, each in enumerate(beside, 1):
+            db.execute(
+                "insert into stepwell.tasks (run_id, kind, path, name, state, claimed_by)"
+                " values (%s, %s, array[1, %s, 1], 'step:s', %s, %s)",
+                [run, kind, number, each, 1 if each == "claimed" else None],
+            )
+        if beside:
+            client.cancel(run)
+    db.execute("update stepwell.tasks set state = 'claimed', claimed_by = 1 where kind = 'wake'")
+    seen = 0
+    for status in STATUSES:
+        rows = db.execute("select id from stepwell.run_status where status = %s order by id desc", [status])
+        expected = [row[0] for row in rows]
+        assert [info.id for info in client.list(status=status, workflow="w")] == expected[:100], status
+        listed = client.list(status=status, limit=1000)
+        assert [info.id for info in listed] == expected
+        assert all(info.status == status for info in listed)
+        if expected:
+            page = client.list(status=status, limit=3, before=expected[4])
+            assert [info.id for info in page] == expected[5:8]
+        seen += len(expected)
+    assert seen == len(cases)
+
+
+def test_runs_of_a_version_are_listed_by_the_name_of_their_workflow(
+    client: Client, worker: Claimant, db: Db
+) -> None:
+    row = db.execute("select stepwell.enqueue('w', version => '2')").fetchone()
+    assert row is not None
+    for status in ("pending", None):
+        assert [(info.id, info.version) for info in client.list("w", status)] == [(row[0], "2")]
+        assert client.list("w@2", status) == []
+    assert [task.name for task in client.tasks(row[0])] == ["w@2"]
+
+
+def test_progress_and_the_parent_are_read_with_a_run(client: Client, db: Db) -> None:
+    parent, run = client.enqueue("w"), client.enqueue("w")
+    assert (run.info().parent, run.info().progress) == (None, None)
+    db.execute(
+        "update stepwell.runs set parent_id = %s, parent_path = '{1}' where id = %s", [parent.id, run.id]
+    )
+    db.execute("insert into stepwell.state values (%s, 'progress', '{\"done\":3,\"total\":null}')", [run.id])
+    assert (run.info().parent, run.info().progress) == (parent.id, Progress(3))
+    assert client.list()[0] == run.info()
+    assert run.info().to_json()["progress"] == {"done": 3, "total": None}
+    db.execute("update stepwell.state set value = '[]'")
+    assert run.info().progress is None
+
+
+def test_the_tasks_of_a_run_are_those_of_its_calls_too(client: Client, db: Db) -> None:
+    run = client.enqueue("w")
+    db.execute("update stepwell.tasks set awaits = '{approved,stepwell:child}'")
+    for kind, path, name in (
+        ("step", "{3,1,1}", "step:s"), ("timer", "{3,2,1}", "sleep"), ("window", "{3}", "window"), ("wake", "{}", "signal")
+    ):  # fmt: skip
+        db.execute(
+            "insert into stepwell.tasks (run_id, kind, path, name, queue) values (%s, %s, %s, %s, 'stepwell')",
+            [run.id, kind, path, name],
+        )
+    tasks = client.tasks(run.id)
+    assert [(task.kind, task.path) for task in tasks] == [
+        ("run", ()), ("step", (3, 1, 1)), ("timer", (3, 2, 1)), ("window", (3,)), ("wake", ())
+    ]  # fmt: skip
+    assert [task.awaits for task in tasks] == [("approved", "stepwell:child"), (), (), (), ()]
+    shown = [task.to_json() for task in tasks]
+    assert json.loads(json.dumps(shown)) == shown
+    assert (shown[0]["awaits"], shown[1]["path"]) == (["approved", "stepwell:child"], "3.1.1")
 
 
 def test_a_run_that_failed_twice_is_listed_once(client: Client, worker: Claimant) -> None:
