@@ -22,6 +22,8 @@ COUNTED_AHEAD = 10_000
 LONGEST_MESSAGE = 300
 BEATS_BETWEEN_LOOKS = 1.5
 OVERDUE = timedelta(seconds=2)
+ANY_CHILD = "stepwell:child"
+"""What a run awaits that waits for the result of a child."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,44 @@ class Worker:
 
     def __str__(self) -> str:
         return f"worker {self.id} (host {self.host}, pid {self.pid})"
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """Calls of a run that are tasks of their own and have all of this in common. `path` is that of the first."""
+
+    kind: str
+    name: str
+    queue: str
+    state: str
+    tried: bool
+    """they were claimed before"""
+    count: int
+    counted: int
+    """how many of them count in `pending` of their run"""
+    path: tuple[int, ...]
+    due_at: datetime | None
+    """the first time"""
+    owners: tuple[int, ...]
+    """the workers that have claimed them, and of all workers"""
+    serving: tuple[int, ...]
+    """… those that serve their queue"""
+    knowing: tuple[int, ...]
+    """… and know their name as well"""
+
+    def __str__(self) -> str:
+        name = f"step {self.name.removeprefix('step:')}"
+        return f"{name} (call {dotted(self.path)})" if self.count == 1 else f"{self.count:,}× {name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Children:
+    """How many runs that a run has called have not ended, and which is the first of each kind."""
+
+    open: int = 0
+    blocked: int = 0
+    first: str | None = None
+    first_blocked: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +105,11 @@ class Situation:
     last_error: str | None
     ahead: int
     workers: tuple[Worker, ...]
+    version: str = ""
+    awaits: tuple[str, ...] = ()
+    calls: tuple[Calls, ...] = ()
+    children: Children = Children()
+    sent: tuple[str, ...] = ()
 
     def needs_second_look(self) -> bool:
         """Tell whether the sentence depends on workers that only a change of their beat shows to be alive."""
@@ -89,7 +134,8 @@ def situation(run: UUID) -> Statement[Situation]:
         if not rows:
             raise not_found(run)
         (state, error, now, task_state, queue, workflow, due_at, doing, attempt, interruptions, pending, cancelling,
-         claimed_by, cancel_asked, step, failures, last_error, ahead, workers) = rows[0]  # fmt: skip
+         claimed_by, cancel_asked, step, failures, last_error, ahead, workers, version, awaits, calls, children,
+         sent) = rows[0]  # fmt: skip
         return Situation(
             run=run,
             state=state,
@@ -111,6 +157,11 @@ def situation(run: UUID) -> Statement[Situation]:
             last_error=last_error,
             ahead=ahead or 0,
             workers=() if workers is None else decode(workers, tuple[Worker, ...], where="the workers"),
+            version=version,
+            awaits=tuple(awaits or ()),
+            calls=() if calls is None else decode(calls, tuple[Calls, ...], where="the calls"),
+            children=decode(children, Children, where="the children"),
+            sent=tuple(sent or ()),
         )
 
     return Statement(load("run_situation"), {"run": run}, read)
@@ -129,6 +180,10 @@ def explain(it: Situation, earlier: Situation | None = None) -> str | None:
         return _claimed(it, alive)
     if it.cancel_asked:
         return "to be cancelled: " + ("a worker is about to apply it" if alive else _NOBODY)
+    if it.task_state == "paused":
+        return f"paused; `stepwell runs resume {it.run}` resumes it"
+    if it.task_state == "waiting" and (awaited := _awaited(it)):
+        return _waiting_for(it, awaited, alive)
     return {"ready": _ready, "shelved": _shelved, "suspect": _suspect, "waiting": _waiting}[it.task_state](
         it, alive
     )
@@ -194,12 +249,113 @@ def _waiting(it: Situation, alive: tuple[Worker, ...]) -> str:
     return f"sleeping until {when} (call {path})" if path else f"to start at {when}"
 
 
+# -- what happens elsewhere ----------------------------------------------------------------------------
+
+
+def _awaited(it: Situation) -> str:
+    """Return what the run waits for that is not its own task's to do; nothing if that is nothing."""
+    signals = [repr(name) for name in it.awaits if name != ANY_CHILD]
+    steps = [calls for calls in it.calls if calls.kind == "step"]
+    timers = [calls for calls in it.calls if calls.kind == "timer" and calls.name == "sleep"]
+    limits = [calls.due_at for calls in it.calls if calls.name == "timeout" and calls.due_at]
+    parts = []
+    if signals:
+        until = f" until {_moment(min(limits), it.now)}" if limits else ""
+        parts.append(f"{'a signal' if len(signals) == 1 else 'the signals'} {', '.join(signals)}{until}")
+    if steps:
+        count = sum(calls.count for calls in steps)
+        parts.append(str(steps[0]) if count == 1 else f"{count:,} steps")
+    if ANY_CHILD in it.awaits or it.pending > sum(calls.counted for calls in it.calls):
+        parts.append(_child_runs(it.children))
+    for calls in timers:
+        when = _moment(calls.due_at or it.now, it.now)
+        parts.append(
+            f"a timer until {when}" if calls.count == 1 else f"{calls.count:,} timers, the next at {when}"
+        )
+    return ", ".join(part for part in parts if part)
+
+
+def _child_runs(children: Children) -> str:
+    count = children.open + children.blocked
+    if not count:
+        return ""
+    blocked = f" (blocked: {children.first_blocked})" if children.first_blocked else ""
+    if count == 1:
+        return (
+            f"child run {children.first or children.first_blocked}{' (blocked)' if children.blocked else ''}"
+        )
+    return f"{count:,} child runs{blocked or f' ({children.first} the first of them)'}"
+
+
+def _waiting_for(it: Situation, awaited: str, alive: tuple[Worker, ...]) -> str | None:
+    """Return what the run waits for and what is in the way; None if that is being executed."""
+    living = {w.id for w in alive}
+    executed = sum(
+        calls.count for calls in it.calls if calls.state == "claimed" and living.intersection(calls.owners)
+    )
+    obstacles = [said for calls in it.calls if (said := _obstacle(it, calls, living))]
+    if executed and not obstacles:
+        return None
+    there = [repr(name) for name in it.sent if name in it.awaits]
+    if there:
+        applying = "a worker is about to hand it over" if alive else _NOBODY
+        obstacles.append(f"{', '.join(there)} was sent: {applying}")
+    elif it.sent and any(name != ANY_CHILD for name in it.awaits):
+        obstacles.append(f"sent but not waited for: {', '.join(map(repr, it.sent))}")
+    overdue = [calls.due_at for calls in it.calls if calls.due_at and it.now - calls.due_at > OVERDUE]
+    if not alive and (overdue or (it.due_at and it.now - it.due_at > OVERDUE)):
+        obstacles.append("its time has come and no worker is alive, start one (`stepwell worker APP`)")
+    until = f" until {_moment(it.due_at, it.now)}" if it.due_at else ""
+    call = f" (call {dotted(it.doing)})" if it.doing and "(call " not in awaited else ""
+    doing = [f"{executed:,} being executed"] if executed else []
+    return "; ".join([f"waiting for {awaited}{until}{call}", *doing, *obstacles])
+
+
+def _obstacle(it: Situation, calls: Calls, living: set[int]) -> str:
+    """Return why these calls are not executed, if it is nothing that passes by itself in a moment."""
+    if calls.kind != "step":
+        return ""
+    many = calls.count > 1
+    match calls.state:
+        case "claimed" if not living.intersection(calls.owners):
+            owner = ", ".join(map(str, calls.owners))
+            return f"{calls} {'are' if many else 'is'} held by worker {owner}, which shows no sign of life"
+        case "paused":
+            return f"{calls} {'are' if many else 'is'} paused; `stepwell runs resume {it.run}` resumes"
+        case "ready" | "shelved" | "suspect":
+            if nobody := _nobody_executes(calls, living):
+                return f"{calls} {'wait' if many else 'waits'} in queue {calls.queue!r}, {nobody}"
+            return f"{calls} {'are' if many else 'is'} suspect and will be tried alone" * (
+                calls.state == "suspect"
+            )
+        case "waiting" if calls.due_at is not None:
+            return f"{calls} {'are' if many else 'is'} tried again at {_moment(calls.due_at, it.now)}"
+        case "waiting" if calls.tried:
+            return f"{calls} {'are' if many else 'is'} on hold after an interruption; once nothing else is waited for, the run is blocked for a person to decide"
+        case _:
+            return ""
+
+
+def _nobody_executes(calls: Calls, living: set[int]) -> str:
+    queue = "" if calls.queue == "default" else f" --queue {calls.queue}"
+    if not living.intersection(calls.serving):
+        return f"which no live worker serves: start one (`stepwell worker APP{queue}`)"
+    if not living.intersection(calls.knowing):
+        return f"none of whose live workers knows it: start one with the APP that defines it (`stepwell worker APP{queue}`)"
+    return ""
+
+
+# -- parts ---------------------------------------------------------------------------------------------
+
+
 def _nobody_for(it: Situation, alive: tuple[Worker, ...]) -> str | None:
     """Return that no live worker can take the run, and what to do, or None if one can."""
     serving = [w for w in alive if w.serves]
     if not serving:
         return f"no live worker serves queue {it.queue!r}: {_start(it)}"
     if not any(w.knows for w in serving):
+        if it.version:
+            return f"no live worker of queue {it.queue!r} has version {it.version!r} of workflow {it.workflow!r}: {_start(it)}"
         return f"no live worker of queue {it.queue!r} knows workflow {it.workflow!r}: {_start(it)}"
     return None
 

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import pytest
 
-from outbox.reasons import COUNTED_AHEAD, Situation, Worker, explain
+from outbox.reasons import ANY_CHILD, COUNTED_AHEAD, Calls, Children, Situation, Worker, explain
 
 RUN = UUID("019aa0c6-0000-7000-8000-000000000001")
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -31,6 +31,24 @@ def at(task_state: str | None = "ready", /, *workers: Worker, **more: Any) -> Si
         step=None, failures=0, last_error=None, ahead=0, workers=workers,
     )  # fmt: skip
     return replace(base, **more)
+
+
+def calls(state: str = "ready", count: int = 1, /, **more: Any) -> Calls:
+    base = Calls(
+        kind="step", name="step:charge", queue="default", state=state, tried=False, count=count, counted=count,
+        path=(3, 1, 1), due_at=None, owners=(), serving=(7,), knowing=(7,),
+    )  # fmt: skip
+    return replace(base, **more)
+
+
+def timer(name: str, seconds: float, count: int = 1) -> Calls:
+    return calls(
+        "waiting", count, kind="timer", name=name, counted=0, due_at=NOW + timedelta(seconds=seconds)
+    )
+
+
+GPU: dict[str, Any] = {"queue": "gpu", "serving": (), "knowing": ()}
+CHILD = "019aa0c6-0000-7000-8000-0000000000c1"
 
 
 def fault(type_: str, message: str) -> str:
@@ -144,6 +162,115 @@ CASES: dict[str, tuple[Situation, str | None]] = {
     ),
     "waiting for others": (at("waiting", ALIVE, pending=3), "waiting for 3 other tasks of its own"),
     "waiting to be woken": (at("waiting", ALIVE), "waiting to be woken"),
+    "of a version that nobody has": (
+        at("shelved", IGNORANT, version="2"),
+        f"set aside: no live worker of queue 'default' has version '2' of workflow 'w': {START}",
+    ),
+    "paused": (at("paused", ALIVE), f"paused; `stepwell runs resume {RUN}` resumes it"),
+    "paused, to be cancelled": (
+        at("paused", ALIVE, cancel_asked=True), "to be cancelled: a worker is about to apply it"
+    ),
+    "waiting for a signal": (
+        at("waiting", ALIVE, awaits=("approved",), doing=(2,)), "waiting for a signal 'approved' (call 2)"
+    ),
+    "waiting for a signal for a time": (
+        at("waiting", ALIVE, awaits=("approved",), doing=(2,), due_at=NOW + timedelta(minutes=5)),
+        "waiting for a signal 'approved' until 2026-01-02 03:09:05 UTC (in 5 min) (call 2)",
+    ),
+    "waiting for a signal, and another has come": (
+        at("waiting", ALIVE, awaits=("approved",), sent=("aproved",)),
+        "waiting for a signal 'approved'; sent but not waited for: 'aproved'",
+    ),
+    "waiting for a signal that has come": (
+        at("waiting", ALIVE, awaits=("approved",), sent=("approved", "x")),
+        "waiting for a signal 'approved'; 'approved' was sent: a worker is about to hand it over",
+    ),
+    "waiting for a signal that has come and nobody there": (
+        at("waiting", DEAD, awaits=("approved",), sent=("approved",)),
+        ("waiting for a signal 'approved'; 'approved' was sent: no worker is alive to do so, start one "
+        "(`stepwell worker APP`)"),
+    ),
+    "waiting for a signal or a timer": (
+        at("waiting", ALIVE, awaits=("a", "b"), calls=(timer("sleep", 90),), doing=(1,)),
+        "waiting for the signals 'a', 'b', a timer until 2026-01-02 03:05:35 UTC (in 90 s) (call 1)",
+    ),
+    "waiting for a signal with a limit beside other calls": (
+        at("waiting", ALIVE, awaits=("a",), calls=(timer("timeout", 90), timer("sleep", 95, 3)), doing=(1,)),
+        ("waiting for a signal 'a' until 2026-01-02 03:05:35 UTC (in 90 s), 3 timers, the next at "
+        "2026-01-02 03:05:40 UTC (in 95 s) (call 1)"),
+    ),
+    "its timer is overdue and nobody there": (
+        at("waiting", DEAD, calls=(timer("sleep", -7200),)),
+        ("waiting for a timer until 2026-01-02 01:04:05 UTC (2 h ago); its time has come and no worker is alive, "
+        "start one (`stepwell worker APP`)"),
+    ),
+    "waiting for one step": (
+        at("waiting", ALIVE, pending=1, calls=(calls(),), doing=(3,)), "waiting for step charge (call 3.1.1)"
+    ),
+    "waiting for steps": (
+        at("waiting", ALIVE, pending=3, calls=(calls("ready", 3),), doing=(3,)), "waiting for 3 steps (call 3)"
+    ),
+    "its steps are executed": (
+        at("waiting", ALIVE, pending=3, calls=(calls("claimed", owners=(7,)), calls("ready", 2))), None
+    ),
+    "its steps wait for a worker of their queue": (
+        at("waiting", ALIVE, pending=3, doing=(3,),
+           calls=(calls("claimed", owners=(7,)), calls("ready", 1, **GPU), calls("shelved", 1, **GPU, name="step:draw"))),
+        ("waiting for 3 steps (call 3); 1 being executed; "
+        "step charge (call 3.1.1) waits in queue 'gpu', which no live worker serves: start one (`stepwell worker APP --queue gpu`); "
+        "step draw (call 3.1.1) waits in queue 'gpu', which no live worker serves: start one (`stepwell worker APP --queue gpu`)"),
+    ),
+    "its steps are known to nobody": (
+        at("waiting", ALIVE, pending=2, calls=(calls("shelved", 2, knowing=()),)),
+        ("waiting for 2 steps; 2× step charge wait in queue 'default', none of whose live workers knows it: start one with "
+        "the APP that defines it (`stepwell worker APP`)"),
+    ),
+    "its step is held by the dead": (
+        at("waiting", ALIVE, SILENT, pending=1, calls=(calls("claimed", owners=(8,)),)),
+        ("waiting for step charge (call 3.1.1); step charge (call 3.1.1) is held by worker 8, which shows no sign of "
+        "life"),
+    ),
+    "its step is tried again": (
+        at("waiting", ALIVE, pending=1, calls=(calls("waiting", tried=True, due_at=NOW + timedelta(seconds=20)),)),
+        ("waiting for step charge (call 3.1.1); step charge (call 3.1.1) is tried again at 2026-01-02 03:04:25 UTC "
+        "(in 20 s)"),
+    ),
+    "its step is on hold": (
+        at("waiting", ALIVE, pending=2, calls=(calls("waiting", tried=True), calls("ready", name="step:draw"))),
+        ("waiting for 2 steps; step charge (call 3.1.1) is on hold after an interruption; once nothing else is waited "
+        "for, the run is blocked for a person to decide"),
+    ),
+    "its step is paused": (
+        at("waiting", ALIVE, pending=1, calls=(calls("paused"),)),
+        f"waiting for step charge (call 3.1.1); step charge (call 3.1.1) is paused; `stepwell runs resume {RUN}` resumes",
+    ),
+    "its step is suspect": (
+        at("waiting", ALIVE, pending=1, calls=(calls("suspect"),)),
+        ("waiting for step charge (call 3.1.1); step charge (call 3.1.1) is suspect and will be tried alone"),
+    ),
+    "the window of a map is full": (
+        at("waiting", ALIVE, pending=90, calls=(calls("ready", 10), calls("waiting", 80)), doing=(1,)),
+        "waiting for 90 steps (call 1)",
+    ),
+    "waiting for a child": (
+        at("waiting", ALIVE, awaits=(ANY_CHILD,), children=Children(open=1, first=CHILD), doing=(2,)),
+        f"waiting for child run {CHILD} (call 2)",
+    ),
+    "waiting for a blocked child": (
+        at("waiting", ALIVE, awaits=(ANY_CHILD,), children=Children(blocked=1, first_blocked=CHILD)),
+        f"waiting for child run {CHILD} (blocked)",
+    ),
+    "waiting for children that are counted, and steps": (
+        at("waiting", ALIVE, pending=5, calls=(calls("ready", 2),), children=Children(open=3, first=CHILD)),
+        f"waiting for 2 steps, 3 child runs ({CHILD} the first of them)",
+    ),
+    "waiting for children, one blocked": (
+        at("waiting", ALIVE, pending=3, children=Children(open=2, blocked=1, first="x", first_blocked=CHILD)),
+        f"waiting for 3 child runs (blocked: {CHILD})",
+    ),
+    "waiting for a child whose result is there": (
+        at("waiting", ALIVE, awaits=(ANY_CHILD,)), "waiting to be woken"
+    ),
 }  # fmt: skip
 
 
