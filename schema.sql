@@ -3,7 +3,8 @@
 --   1. tables       what is known: runs, keys, tasks, outbox, signals, state, stream, workers, workflows,
 --                   counters, doorbell
 --   2. producers    the public functions, callable from any language inside the caller's transaction:
---                   enqueue, enqueue_many, signal, cancel, retry; the view run_status
+--                   enqueue, enqueue_many, signal, cancel; for operators retry, rewind, fork, resolve, pause,
+--                   resume; the view run_status
 --   3. claimants    the protocol of the workers: register, claim, flush, promote, shelve, reclaim
 --   4. roles        stepwell_producer, stepwell_worker, stepwell_viewer
 --
@@ -492,30 +493,98 @@ begin
 end
 $$;
 
--- Open a failed, cancelled or blocked run again: what completed stays completed, what failed is tried
--- anew. Answers the new epoch, or null when the run is not in such a state. The row lock on the run makes
--- a second retry at the same moment answer null; no task exists then that a claimant could hold.
-create function stepwell.retry(run uuid) returns int
-    language plpgsql
+-- The records of a run that apply, those of failures among them, and the openings of its epochs: all but what a rewind,
+-- a fresh start or the retry of a cancelled run has voided. `visible` in worker/replay/records.py says the same, and
+-- what a retry makes of failures.
+create function stepwell.standing(run uuid) returns setof stepwell.outbox
+    language plpgsql stable
     set search_path = pg_catalog, stepwell, pg_temp
+    set enable_seqscan = off set enable_bitmapscan = off set jit = off
 as $$
+#variable_conflict use_column
 declare
-    r runs;
-    last_seq int;
-    opened timestamptz;
-    moment constant timestamptz := clock_timestamp();
+    opening    outbox;
+    to_path    int[];
+    first_void int;
+    voided     int4multirange := '{}';
 begin
-    select * into r from runs where id = run and state in ('failed', 'cancelled', 'blocked') for update;
-    if not found then
+    for opening in select * from outbox o where o.run_id = standing.run and o.kind = 'epoch' order by o.seq loop
+        first_void := null;
+        if opening.outcome = 'continue' then
+            first_void := 0;
+        elsif opening.outcome = 'rewind' then
+            to_path := array(select p::int from json_array_elements_text(opening.value -> 'to') p);
+            select min(o.seq) into first_void from outbox o
+            where o.run_id = standing.run and o.seq < opening.seq and o.kind not in ('run', 'epoch')
+              and not voided @> o.seq and o.path[1:cardinality(to_path)] = to_path;
+        elsif opening.outcome = 'retry' then
+            select min(o.seq) filter (where o.kind = 'cancel') into first_void from outbox o
+            where o.run_id = standing.run and o.seq < opening.seq and not voided @> o.seq
+            having not coalesce(bool_or(o.kind = 'step' and o.path[cardinality(o.path)] = 0), false);
+        end if;
+        if first_void is not null then
+            voided := voided + int4multirange(int4range(first_void, opening.seq));
+        end if;
+    end loop;
+    return query
+        select * from outbox o
+        where o.run_id = standing.run and o.kind <> 'run' and not voided @> o.seq order by o.seq;
+end
+$$;
+
+-- The path of the first step of a run that was undone, by a record that applies; null: none was.
+create function stepwell.undone(run uuid) returns int[]
+    language plpgsql stable
+    set search_path = pg_catalog, stepwell, pg_temp
+    set enable_seqscan = off set enable_bitmapscan = off set jit = off
+as $$
+begin
+    if not exists (select from outbox o
+                   where o.run_id = undone.run and o.kind = 'step' and o.n = 0 and o.outcome = 'completed'
+                     and o.path[cardinality(o.path)] = 0) then
         return null;
     end if;
+    return (
+        select s.path
+        from standing(undone.run) u
+        join standing(undone.run) s on s.path = u.path[1:cardinality(u.path) - 1] and s.kind = 'step' and s.n = 0
+        where u.kind = 'step' and u.n = 0 and u.outcome = 'completed' and u.path[cardinality(u.path)] = 0
+        order by s.seq limit 1);
+end
+$$;
+
+-- Whether the call at a path is the one at another, or below it, or one that the same course of the body makes later.
+create function stepwell.at_or_after(path int[], other int[]) returns boolean
+    language sql immutable parallel safe
+as $$
+    select cardinality(other) = 0
+           or path[1:cardinality(other) - 1] = other[1:cardinality(other) - 1]
+              and path[cardinality(other)] >= other[cardinality(other)]
+$$;
+
+-- Open an ended run again, in a new epoch, with a task. The run is locked, and has no task. Answers the epoch.
+create function stepwell.reopen(run uuid, how text, said json default null) returns int
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set enable_seqscan = off set enable_bitmapscan = off set jit = off
+as $$
+declare
+    r        runs;
+    last_seq int;
+    opened   timestamptz;
+    moment   constant timestamptz := clock_timestamp();
+begin
+    select * into r from runs where id = run;
     select coalesce(max(seq), 0) + 1, coalesce(max(at) filter (where kind = 'epoch'), r.created_at)
     into last_seq, opened from outbox where run_id = run;
-    insert into outbox (run_id, epoch, path, n, seq, kind, name, outcome, at)
-    values (run, r.epoch + 1, '{}', 1, last_seq, 'epoch', r.workflow, 'retry', moment);
-    -- The deadline counted from enqueue, or from the retry before.
-    update runs set state = 'open', epoch = r.epoch + 1, finished_at = null, output = null, error = null,
-                    deadline_at = moment + (r.deadline_at - opened)
+    insert into outbox (run_id, epoch, path, n, seq, kind, name, outcome, value, at)
+    values (run, r.epoch + 1, '{}', 1, last_seq, 'epoch', r.workflow, how, said, moment);
+    -- The deadline counted from enqueue, or from when the epoch before was opened. Who waits for the run was told of
+    -- its end, unless it was blocked, and counts it no more.
+    update runs
+    set state = 'open', epoch = r.epoch + 1, key_epoch = case when how = 'rewind' then r.epoch + 1 else r.key_epoch end,
+        finished_at = null, output = null, error = null, deadline_at = moment + (r.deadline_at - opened),
+        counted = r.counted and r.state in ('open', 'blocked')
     where id = run;
     insert into tasks (run_id, name, queue, priority, tenant, lane, fresh, seq, signals)
     select run, claimed_as(r.workflow, r.version), r.queue, r.priority, r.tenant, r.lane, false, last_seq,
@@ -525,7 +594,339 @@ begin
 end
 $$;
 
--- A run as people mean it. pending = never claimed, running = a task of it is claimed, else waiting.
+-- Open a failed, cancelled or blocked run again: what completed stays completed, what failed is tried anew. Answers
+-- the new epoch, or null when the run is not in such a state, or has ended and its steps were undone: it would go on
+-- from what is not there any more. The row lock on the run makes a second retry at the same moment answer null; no task
+-- exists then that a claimant could hold.
+create function stepwell.retry(run uuid) returns int
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set enable_seqscan = off set enable_bitmapscan = off set jit = off
+as $$
+declare
+    r runs;
+begin
+    select * into r from runs where id = run and state in ('failed', 'cancelled', 'blocked') for update;
+    if not found or r.state <> 'blocked' and undone(run) is not null then
+        return null;
+    end if;
+    return reopen(run, 'retry');
+end
+$$;
+
+-- Have a run go on from a call as if neither that one nor anything after it had happened. What happened before stays;
+-- later calls have other idempotency keys, the signals that they took are there again, and the runs that they made are
+-- on their own, cancelled if they are open and not detached. Answers the new epoch, or null for a run that is open and
+-- not paused, or of which something is being executed.
+create function stepwell.rewind(run uuid, to_path int[]) returns int
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set enable_seqscan = off set enable_bitmapscan = off set jit = off
+as $$
+declare
+    t      tasks;
+    r      runs;
+    cut    outbox;
+    gone   int[];
+    child  runs;
+begin
+    select * into t from tasks
+    where run_id = run and path = '{}' and kind not in ('wake', 'deliver') for update;
+    select * into r from runs where id = run for update;
+    if not found or r.state = 'open' and (
+            t.paused is not true
+            or exists (select from tasks c
+                       where c.run_id = run and c.kind not in ('wake', 'deliver') and c.state = 'claimed')) then
+        return null;
+    end if;
+    if to_path is null or 0 >= any (to_path) then
+        raise exception 'stepwell: the path of a call is one or more numbers from 1' using errcode = '22023';
+    end if;
+    select * into cut from standing(run) s
+    where s.kind not in ('epoch', 'cancel', 'patch') and at_or_after(s.path, to_path) order by s.seq limit 1;
+    if not found and cardinality(to_path) > 0 then
+        raise exception 'stepwell: run % has nothing recorded at % or after it', run, array_to_string(to_path, '.')
+            using errcode = '22023';
+    end if;
+    gone := undone(run);
+    if exists (select from standing(run) s where s.path = gone and s.seq < cut.seq) then
+        raise exception 'stepwell: the step at % was undone when run % ended: rewind to % or before',
+            array_to_string(gone, '.'), run, array_to_string(gone, '.') using errcode = '22023';
+    end if;
+
+    -- Before what has come since: ids below all that were drawn, the last of these signals first.
+    insert into signals (id, run_id, name, payload, at) overriding system value
+    select -nextval('stepwell.signals_id_seq'), run, b.name, coalesce(b.value, 'null'), b.at
+    from (select * from standing(run) s
+          where s.kind = 'signal' and s.outcome = 'completed' and s.seq >= cut.seq order by s.seq desc) b;
+
+    -- In other branches it is the time that tells whether a child was made after that point.
+    for child in
+        select * from runs c
+        where c.parent_id = run and c.parent_path is not null
+          and (at_or_after(c.parent_path, to_path)
+               or c.created_at > cut.at and c.parent_path[1] >= to_path[1])
+    loop
+        update runs c set parent_path = null where c.id = child.id;
+        delete from signals s
+        where s.run_id = run and s.name = 'stepwell:child:' || array_to_string(child.parent_path, '.');
+        if child.state = 'open' and not child.detached then
+            perform wake(child.id, 'cancel', json_build_object('epoch', child.epoch));
+        end if;
+    end loop;
+
+    delete from tasks c where c.run_id = run and c.kind not in ('wake', 'deliver');
+    -- A call that only began something has no record: then the first one after it says where.
+    return reopen(run, 'rewind', json_build_object('to', coalesce(cut.path[1:cardinality(to_path)], '{}')));
+end
+$$;
+
+-- Whether something is recorded at a path or after it in the same course of the body, or at the call before.
+create function stepwell.has_come_to(run uuid, at_path int[]) returns boolean
+    language sql stable
+    set search_path = pg_catalog, stepwell, pg_temp
+    set enable_seqscan = off set enable_bitmapscan = off set jit = off
+as $$
+    with before (path) as (
+        select case when cardinality(at_path) % 2 = 0 then at_path      -- a branch
+                    when at_path[cardinality(at_path)] > 1
+                    then at_path[1:cardinality(at_path) - 1] || (at_path[cardinality(at_path)] - 1)
+                    else at_path[1:cardinality(at_path) - 2] end)
+    select before.path = '{}'
+           or exists (select from stepwell.runs c where c.parent_id = run and c.parent_path = before.path)
+           or exists (
+               select from stepwell.standing(run) s
+               where s.kind not in ('epoch', 'cancel', 'patch')
+                 and (stepwell.at_or_after(s.path, at_path) or s.path[1:cardinality(before.path)] = before.path))
+    from before
+$$;
+
+-- Make a new run with what happened in another one before a call, and have it go on from there: with the same input and
+-- version, or others. It draws the same numbers, its steps have idempotency keys of their own. The other run may be in
+-- any state, and is left as it is. Answers the id, or null for an unknown run.
+create function stepwell.fork(run uuid, from_path int[], input json default null, version text default null)
+returns uuid
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set enable_seqscan = off set enable_bitmapscan = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+    r        runs;
+    made     constant uuid := new_id();
+    moment   constant timestamptz := clock_timestamp();
+    cut      int;
+    last_seq int;
+    opened   timestamptz;
+begin
+    select * into r from runs x where x.id = fork.run;
+    if not found then
+        return null;
+    end if;
+    if coalesce(json_typeof(fork.input), 'object') <> 'object' then
+        raise exception 'stepwell: the input of a run must be a JSON object, parameter name to value'
+            using errcode = '22023', hint = 'for one parameter "lead": {"lead": ...}';
+    end if;
+    if from_path is null or 0 >= any (from_path) then
+        raise exception 'stepwell: the path of a call is one or more numbers from 1' using errcode = '22023';
+    end if;
+    select min(s.seq) filter (where s.kind not in ('epoch', 'patch') and at_or_after(s.path, from_path)
+                                 or s.kind = 'cancel' or s.kind = 'step' and s.path[cardinality(s.path)] = 0)
+    into cut from standing(fork.run) s;
+    if not has_come_to(fork.run, from_path) then
+        raise exception 'stepwell: run % has not come to call %', fork.run, array_to_string(from_path, '.')
+            using errcode = '22023';
+    end if;
+
+    insert into outbox (run_id, epoch, path, n, seq, kind, name, fingerprint, outcome, value, error, worker, at)
+    select made, o.epoch, o.path, o.n, o.seq, o.kind, o.name, o.fingerprint, o.outcome, o.value, o.error, o.worker, o.at
+    from outbox o
+    where o.run_id = fork.run and o.epoch >= r.base_epoch and o.kind <> 'run' and (cut is null or o.seq < cut);
+    select coalesce(max(o.seq), 0) + 1, coalesce(max(o.epoch), r.base_epoch) + 1,
+           coalesce(max(o.epoch) filter (where o.outcome in ('rewind', 'continue')), r.base_epoch)
+    into last_seq, r.epoch, r.key_epoch from outbox o where o.run_id = made;
+    insert into outbox (run_id, epoch, path, n, seq, kind, name, outcome, value, at)
+    values (made, r.epoch, '{}', 1, last_seq, 'epoch', r.workflow, 'fork',
+            json_build_object('of', fork.run, 'from', from_path), moment);
+
+    -- Where a body has its time from before the first record: so it is that of the other run.
+    select coalesce(max(o.at) filter (where o.kind = 'epoch'), r.created_at) into opened
+    from outbox o where o.run_id = fork.run;
+    insert into runs (id, workflow, version, queue, priority, tenant, lane, labels, input, encoding, deadline_at, trace,
+                      seed, epoch, base_epoch, key_epoch, created_at)
+    values (made, r.workflow, coalesce(fork.version, r.version), r.queue, r.priority, r.tenant, r.lane, r.labels,
+            coalesce(fork.input, r.input), r.encoding, moment + (r.deadline_at - opened), r.trace,
+            coalesce(r.seed, r.id), r.epoch, r.base_epoch, r.key_epoch, r.created_at);
+    insert into tasks (run_id, name, queue, priority, tenant, lane, fresh, seq, due_at)
+    values (made, claimed_as(r.workflow, coalesce(fork.version, r.version)), r.queue, r.priority, r.tenant, r.lane, false,
+            last_seq, moment);
+    perform ring(r.queue);
+    return made;
+end
+$$;
+
+-- Say for a step how it ended, where nobody knows but a person: with a value or an error {"type", "message"}. For a
+-- blocked or failed run, which goes on as by a retry. Answers the new epoch, or null for a run in another state or one
+-- whose steps were undone.
+create function stepwell.resolve(run uuid, at_path int[], value json default null, error json default null)
+returns int
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set enable_seqscan = off set enable_bitmapscan = off set jit = off
+as $$
+declare
+    r      runs;
+    known  outbox;
+    opened int;
+    place  constant text := array_to_string(at_path, '.');
+begin
+    if (resolve.value is null) = (resolve.error is null) then
+        raise exception 'stepwell: a step is resolved by a value or by an error' using errcode = '22023';
+    end if;
+    if resolve.error is not null and (
+            json_typeof(resolve.error) <> 'object'
+            or json_typeof(resolve.error -> 'type') is distinct from 'string'
+            or json_typeof(resolve.error -> 'message') is distinct from 'string') then
+        raise exception 'stepwell: the error of a step is an object with the texts "type" and "message"'
+            using errcode = '22023';
+    end if;
+    select * into r from runs x where x.id = resolve.run and x.state in ('failed', 'blocked') for update;
+    if not found or r.state = 'failed' and undone(resolve.run) is not null then
+        return null;
+    end if;
+    select * into known from standing(resolve.run) s
+    where s.path = at_path and s.kind = 'step' order by s.seq desc limit 1;
+    if not found then
+        raise exception 'stepwell: run % has no execution of a step at %', resolve.run, coalesce(place, '?')
+            using errcode = '22023';
+    end if;
+    if known.n = 0 and known.outcome = 'completed' then
+        raise exception 'stepwell: step % at % has completed', known.name, place
+            using errcode = '22023', hint = 'rewind to it to have it executed again';
+    end if;
+    if exists (select from standing(resolve.run) s
+               where s.kind not in ('epoch', 'cancel', 'patch') and (s.n > 0 or s.outcome <> 'failed')
+                 and known.path[cardinality(known.path)] > 0 and comes_after(s.path, at_path)) then
+        raise exception 'stepwell: the run has gone on since step % at % failed', known.name, place
+            using errcode = '22023', hint = 'rewind to it to have it executed again';
+    end if;
+    opened := reopen(resolve.run, 'retry');
+    insert into outbox (run_id, epoch, path, n, seq, kind, name, fingerprint, outcome, value, error)
+    select resolve.run, opened, at_path, 0, t.seq + 1, 'step', known.name, known.fingerprint,
+           case when resolve.error is null then 'completed' else 'failed' end, resolve.value, resolve.error
+    from tasks t where t.run_id = resolve.run and t.path = '{}' and t.kind not in ('wake', 'deliver');
+    update tasks t set seq = t.seq + 1
+    where t.run_id = resolve.run and t.path = '{}' and t.kind not in ('wake', 'deliver');
+    return opened;
+end
+$$;
+
+-- Whether a body can have made the call at a path only after the one at another was answered: odd positions of a path
+-- number calls, even ones branches, which do not wait for each other.
+create function stepwell.comes_after(path int[], other int[]) returns boolean
+    language sql immutable parallel safe
+as $$
+    select coalesce((
+        select u.i % 2 = 1 and u.a > u.b
+        from unnest(path, other) with ordinality u (a, b, i)
+        where u.a <> u.b order by u.i limit 1), false)
+$$;
+
+-- Stop runs until they are resumed: nothing of them is claimed any more, and what is being executed ends first. What
+-- wakes them meanwhile is found when they are resumed. Their children go on. Answers the runs that are open, and paused
+-- now.
+--
+-- Tasks of runs are locked in the order of a flush, and those of calls after them. What waits for no time (a step that
+-- a person has to look at, one that its window holds back) is not claimed anyway, and stays as it is.
+create function stepwell.pause_many(runs uuid[]) returns uuid[]
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set enable_seqscan = off set enable_bitmapscan = off set jit = off
+as $$
+declare
+    found_ids bigint[];
+    stopped   uuid[];
+begin
+    select array_agg(f.id), array_agg(f.run_id) into found_ids, stopped
+    from (select t.id, t.run_id from tasks t
+          where t.run_id = any (runs) and t.path = '{}' and t.kind not in ('wake', 'deliver')
+          order by t.id for update) f;
+    update tasks t
+    set paused = true, state = case when t.state = 'claimed' then t.state else 'paused' end
+    where t.id = any (found_ids) and not t.paused;
+    update tasks t
+    set paused = true,
+        state = case when t.state = 'claimed' or t.state = 'waiting' and t.due_at is null then t.state else 'paused' end
+    where t.run_id = any (stopped) and t.path > '{}' and t.kind not in ('wake', 'deliver') and not t.paused;
+    return coalesce(stopped, '{}');
+end
+$$;
+
+create function stepwell.pause(run uuid) returns boolean
+    language sql
+    set search_path = pg_catalog, stepwell, pg_temp
+as $$
+    select cardinality(stepwell.pause_many(array[run])) > 0
+$$;
+
+-- Have paused runs go on. A run becomes ready, whatever it waited for: driven, it finds what has come, or waits again for
+-- the rest of the time. Only one that was not to start yet goes on waiting. Answers the runs that were paused.
+create function stepwell.resume_many(runs uuid[]) returns uuid[]
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set enable_seqscan = off set enable_bitmapscan = off set jit = off
+as $$
+declare
+    found_ids bigint[];
+    resumed   uuid[];
+begin
+    select array_agg(f.id), array_agg(f.run_id) into found_ids, resumed
+    from (select t.id, t.run_id from tasks t
+          where t.run_id = any (runs) and t.path = '{}' and t.kind not in ('wake', 'deliver') and t.paused
+          order by t.id for update) f;
+    update tasks t
+    set paused = false,
+        state = case when t.state <> 'paused' then t.state
+                     when t.attempt = 0 and t.due_at > clock_timestamp() then 'waiting'
+                     when t.interruptions >= 2 then 'suspect' else 'ready' end,
+        turn = nextval('stepwell.turns')
+    where t.id = any (found_ids);
+    perform resume_calls(resumed);
+    perform ring(q.queue) from (select distinct t.queue from tasks t where t.id = any (found_ids)) q;
+    return coalesce(resumed, '{}');
+end
+$$;
+
+create function stepwell.resume(run uuid) returns boolean
+    language sql
+    set search_path = pg_catalog, stepwell, pg_temp
+as $$
+    select cardinality(stepwell.resume_many(array[run])) > 0
+$$;
+
+-- The calls of runs whose tasks are locked are not paused any more: each waits for its time, or is ready.
+create function stepwell.resume_calls(of_runs uuid[]) returns void
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set enable_seqscan = off set enable_bitmapscan = off set jit = off
+as $$
+declare
+    rung text[];
+begin
+    with resumed as (
+        update tasks t
+        set paused = false,
+            state = case when t.state <> 'paused' then t.state when t.due_at > clock_timestamp() then 'waiting'
+                         when t.interruptions >= 2 then 'suspect' else 'ready' end,
+            turn = nextval('stepwell.turns')
+        where t.run_id = any (of_runs) and t.path > '{}' and t.kind not in ('wake', 'deliver') and t.paused
+        returning t.queue, t.state)
+    select array_agg(distinct r.queue) into rung from resumed r where r.state = 'ready';
+    perform ring(q) from unnest(rung) q;
+end
+$$;
+
+-- A run as people mean it. running = a task of it is claimed, paused, pending = never claimed, else waiting.
 create view stepwell.run_status as
 select r.id, r.workflow, r.version, r.queue, r.priority, r.labels, r.epoch, r.parent_id,
        case when r.state <> 'open' then r.state
@@ -533,6 +934,7 @@ select r.id, r.workflow, r.version, r.queue, r.priority, r.labels, r.epoch, r.pa
             when t.driven >= 0 and exists (
                 select from stepwell.tasks s
                 where s.run_id = r.id and s.kind not in ('wake', 'deliver') and s.state = 'claimed') then 'running'
+            when t.paused then 'paused'
             when t.attempt = 0 and t.fresh then 'pending'
             else 'waiting' end as status,
        r.created_at, coalesce(r.started_at, t.started_at) as started_at, r.finished_at, r.deadline_at,
@@ -939,9 +1341,10 @@ begin
         select x.run_id, d.kind, d.path, d.name,
                case when d.kind = 'step' then coalesce(d.queue, t.queue) else 'stepwell' end,
                case when d.kind = 'step' then t.priority else 0 end, t.tenant, false,
-               case when d.kind = 'step' and not coalesce(d.held, false) then 'ready' else 'waiting' end,
+               case when d.kind = 'window' or coalesce(d.held, false) then 'waiting' when t.paused then 'paused'
+                    when d.kind = 'step' then 'ready' else 'waiting' end,
                coalesce(d.until, clock_timestamp() + make_interval(secs => d.delay)), d.args, x.task,
-               d.wakes, coalesce(d.windowed, false), coalesce(d.released, 0), false
+               d.wakes, coalesce(d.windowed, false), coalesce(d.released, 0), t.paused
         from json_to_recordset(extras -> 'tasks') as d (
                 i int, kind text, path int[], name text, queue text, args json, delay float8, until timestamptz,
                 wakes smallint, held boolean, windowed boolean, released int)
@@ -1097,13 +1500,23 @@ begin
     select * into parent from runs r where r.id = of_run;
     select * into child from runs r where r.parent_id = of_run and r.parent_path = at_path;
     if found then
-        update runs r set counted = false where r.id = child.id and r.counted;
+        -- What it is about to report is waited for anew; what it has reported was.
+        is_counted := coalesce(is_counted, false)
+                      and (child.state <> 'succeeded'
+                           or not exists (select from signals s where s.run_id = of_run and s.name = as_signal));
         if child.state in ('failed', 'cancelled', 'blocked') then
             delete from signals s where s.run_id = of_run and s.name = as_signal;
             update tasks t set signals = (select count(*) from signals s where s.run_id = of_run) where t.id = of_task;
-            perform retry(child.id);
-        elsif child.state = 'succeeded'
-              and not exists (select from signals s where s.run_id = of_run and s.name = as_signal) then
+            if retry(child.id) is null then
+                perform rewind(child.id, '{}');                -- what it had done is undone: it begins again
+            end if;
+        end if;
+        update runs r set counted = is_counted where r.id = child.id and r.counted <> is_counted;
+        if is_counted then
+            update tasks t set pending = t.pending + 1 where t.id = of_task;
+        end if;
+        if child.state = 'succeeded'
+           and not exists (select from signals s where s.run_id = of_run and s.name = as_signal) then
             perform report_v1(array[child.id]);
         end if;
         return;
@@ -1247,8 +1660,8 @@ begin
         interruptions = case when x.then = 'release' then t.interruptions else 0 end,
         solo_deaths = case when x.then = 'release' then t.solo_deaths else 0 end,
         claimed_by = case when x.then = 'move' then me end,
-        state = case when x.then = 'move' then 'claimed' when t.paused then 'paused'
-                     when x.then in ('park', 'hold') then 'waiting'
+        state = case when x.then = 'move' then 'claimed' when x.then = 'hold' then 'waiting'
+                     when t.paused then 'paused' when x.then = 'park' then 'waiting'
                      when t.interruptions >= 2 then 'suspect' else 'ready' end,
         turn = case when x.then = 'move' then t.turn else nextval('stepwell.turns') end,
         due_at = case when x.then = 'release' then t.due_at
@@ -1422,6 +1835,9 @@ begin
         perform stepwell.end_v1(me, untouched, 'cancelled', null);
     end if;
     perform cancel_children_v1(meant);
+    perform resume_calls(array(
+        select t.run_id from tasks t
+        where t.run_id = any (meant) and t.path = '{}' and t.kind not in ('wake', 'deliver') and t.paused));
     with cancelled as (
         update tasks t
         set cancelling = true, wakeups = t.wakeups + 1, paused = false,

@@ -134,3 +134,19 @@ def test_once_the_undo_has_begun_a_retry_goes_on_with_it():
         retry(5),
     ]
     assert shown(history) == [("1", 0, "completed"), ("2", 0, "failed"), ("1.0", "last", VOIDED)]
+
+
+def test_once_the_undo_has_begun_a_retry_goes_on_with_it_also_after_a_cancellation():
+    undo = record((2, 0), "undo", value=1, seq=4)
+    history = [
+        record(1, "a", value=1, seq=1),
+        record(2, "b", value=1, seq=2),
+        record((), "flow", kind="cancel", n=2, outcome="cancelled", seq=3),
+        undo,
+        record((1, 0), "undo", error=FAULT, seq=5),
+        end(6),
+        retry(7),
+    ]
+    assert [(each.path, each.outcome) for each in visible(history)][2:] == [
+        ((), "cancelled"), ((2, 0), "completed"), ((1, 0), VOIDED),
+    ]  # fmt: skip

@@ -85,6 +85,8 @@ def _by_seq(record: Record) -> int:
 def _void(standing: list[Record], opening: Record) -> list[Record]:
     match opening.outcome:
         case "retry":
+            if any(_is_undo(record) for record in standing):
+                return _void_undo_failures(standing)
             return _void_failures(_without_cancellation(standing))
         case "rewind":
             return _before(standing, _place_in(opening))
@@ -120,14 +122,17 @@ def _before(standing: list[Record], path: Path) -> list[Record]:
     return list(itertools.takewhile(lambda record: record.path[: len(path)] != path, standing))
 
 
+def _void_undo_failures(standing: list[Record]) -> list[Record]:
+    """Void what failed of an undo. Once it has begun there is no way but back, after a cancellation as well."""
+    return [_voided(r) if _is_undo(r) and (r.outcome == "failed" or r.n) else r for r in standing]
+
+
 def _void_failures(standing: list[Record]) -> list[Record]:
     """Void the failed outcomes that the body did not get past.
 
     A failure that the body caught and went on from has to stand: what it did next is recorded too, and
     would not fit a history in which that step is executed again afterwards.
     """
-    if any(_is_undo(record) for record in standing):  # once the undo has begun there is no way but back
-        return [_voided(r) if _is_undo(r) and (r.outcome == "failed" or r.n) else r for r in standing]
     final = {record.path for record in standing if record.n == 0}
     failed = [record.path for record in standing if record.n == 0 and record.outcome == "failed"]
     lasting = {
