@@ -1150,6 +1150,7 @@ create type stepwell.transition_v1 as (
     parent bigint,         -- of a step or timer: the run's own task
     awaits text[],         -- park: the signals that are waited for
     took int,              -- how many signals it takes
+    asides int,            -- how many of the records say nothing of the order: patches
     cancelled boolean);    -- it has taken note of the cancellation
 
 -- Write down what happened, for many tasks in one transaction. Answers for each transition, in order:
@@ -1247,8 +1248,11 @@ begin
     update tasks t
     set position = t.position + 1,
         seq = t.seq + x.records + (x.then = 'continue')::int,
-        driven = case when x.then = 'continue' then -1 when x.then = 'release' then t.driven when x.records > 0 then t.seq + x.records
-                      else coalesce(x.seen, t.driven) end,
+        -- What was recorded meanwhile nobody waits for, or the drive was not allowed to record: see strict. Only patches
+        -- are recorded whatever else was, and say nothing of it.
+        driven = case when x.then = 'continue' then -1 when x.then = 'release' then t.driven
+                      when x.records > coalesce(x.asides, 0) then t.seq + x.records
+                      else greatest(t.driven, x.seen) end,
         pending = case when x.then = 'continue' then 0 else t.pending end,
         doing = case when x.then = 'release' then t.doing else x.doing end,
         awaits = case when x.then = 'release' then t.awaits else x.awaits end,
@@ -1328,8 +1332,12 @@ create function stepwell.spread_v1(items stepwell.transition_v1[], verdicts int[
 as $$
 #variable_conflict use_column
 declare
-    mine   constant bigint[] := array(select x.task from unnest(items) x where verdicts[x.i] % 4 = 1);
-    rung   text[];
+    mine     constant bigint[] := array(select x.task from unnest(items) x where verdicts[x.i] % 4 = 1);
+    settling constant uuid[] := array(
+        select x.run_id from json_to_recordset(extras -> 'settled') as d (i int) join unnest(items) x on x.i = d.i);
+    emitting constant uuid[] := array(
+        select x.run_id from json_to_recordset(extras -> 'emitted') as d (i int) join unnest(items) x on x.i = d.i);
+    rung     text[];
 begin
     perform drop_calls_v1(x.task, x.run_id, d.path)
     from json_to_recordset(extras -> 'dropped') as d (i int, path int[])
@@ -1344,7 +1352,7 @@ begin
                case when d.kind = 'window' or coalesce(d.held, false) then 'waiting' when t.paused then 'paused'
                     when d.kind = 'step' then 'ready' else 'waiting' end,
                coalesce(d.until, clock_timestamp() + make_interval(secs => d.delay)), d.args, x.task,
-               d.wakes, coalesce(d.windowed, false), coalesce(d.released, 0), t.paused
+               coalesce(d.wakes, 0), coalesce(d.windowed, false), coalesce(d.released, 0), t.paused
         from json_to_recordset(extras -> 'tasks') as d (
                 i int, kind text, path int[], name text, queue text, args json, delay float8, until timestamptz,
                 wakes smallint, held boolean, windowed boolean, released int)
@@ -1372,8 +1380,8 @@ begin
         update tasks c set wakes = 1
         from json_to_recordset(extras -> 'settled') as d (i int, path int[])
         join unnest(items) x on x.i = d.i
-        where verdicts[x.i] % 4 = 1 and c.run_id = x.run_id and c.kind not in ('wake', 'deliver') and c.kind = 'step'
-          and c.wakes = 0 and c.path >= d.path and c.path < beyond(d.path)
+        where verdicts[x.i] % 4 = 1 and c.run_id = any (settling) and c.run_id = x.run_id
+          and c.kind not in ('wake', 'deliver') and c.kind = 'step' and c.wakes = 0 and c.path >= d.path and c.path < beyond(d.path)
         returning c.parent)
     update tasks t set pending = t.pending + a.count
     from (select adopted.parent, count(*) from adopted group by adopted.parent) a
@@ -1395,7 +1403,7 @@ begin
     select x.run_id, r.key_epoch, d.n, d.name, d.value
     from json_to_recordset(extras -> 'emitted') as d (i int, n int, name text, value json)
     join unnest(items) x on x.i = d.i
-    join runs r on r.id = x.run_id
+    join runs r on r.id = any (emitting) and r.id = x.run_id
     where verdicts[x.i] % 4 = 1
     on conflict do nothing;
 
@@ -1425,23 +1433,23 @@ create function stepwell.drop_calls_v1(of_task bigint, of_run uuid, at_path int[
 as $$
 #variable_conflict use_column
 declare
-    child runs;
+    child    runs;
+    gone     bigint[];
+    executed bigint[];
+    counted  int;
 begin
-    with gone as (
-        delete from tasks c
-        where c.run_id = of_run and c.kind not in ('wake', 'deliver') and c.path >= at_path and c.path < beyond(at_path)
-          and c.path <> '{}' and (c.claimed_by is null or c.kind <> 'step')
-        returning c.wakes),
-    left_alone as (
-        update tasks c set wakes = 0
-        from (select n.id, n.wakes from tasks n
-              where n.run_id = of_run and n.kind not in ('wake', 'deliver') and n.path >= at_path
-                and n.path < beyond(at_path) and n.path <> '{}' and n.claimed_by is not null and n.kind = 'step') n
-        where c.id = n.id
-        returning n.wakes)
-    update tasks t
-    set pending = greatest(0, t.pending - (select count(*) from (table gone union all table left_alone) w where w.wakes in (1, 2)))
-    where t.id = of_task;
+    -- Locked before it is looked at: a claim under way decides which of the two a call is.
+    select array_agg(c.id) filter (where c.claimed_by is null or c.kind <> 'step'),
+           array_agg(c.id) filter (where c.claimed_by is not null and c.kind = 'step'),
+           count(*) filter (where c.wakes in (1, 2))
+    into gone, executed, counted
+    from (select t.id, t.kind, t.claimed_by, t.wakes from tasks t
+          where t.run_id = of_run and t.kind not in ('wake', 'deliver') and t.path >= at_path and t.path < beyond(at_path)
+            and t.path <> '{}'
+          order by t.id for update) c;
+    delete from tasks t where t.id = any (gone);
+    update tasks t set wakes = 0 where t.id = any (executed);
+    update tasks t set pending = greatest(0, t.pending - counted) where t.id = of_task;
     for child in
         select r.* from runs r
         where r.parent_id = of_run and r.parent_path is not null and r.parent_path >= at_path
@@ -1633,26 +1641,30 @@ begin
 
     -- The failure of a call wakes at once where its join gives up then; that it is the run's own last word, and not
     -- one of the executions before it, is said by n = 0.
-    update tasks p
-    set seq = p.seq + d.records,
-        pending = greatest(0, p.pending - d.counted),
-        wakeups = p.wakeups + (d.always or p.pending <= d.counted and d.counted > 0)::int,
-        state = case when p.state <> 'waiting' or not (d.always or p.pending <= d.counted and d.counted > 0) then p.state
-                     when p.interruptions >= 2 then 'suspect' else 'ready' end,
-        fresh = p.fresh and not (d.always or p.pending <= d.counted and d.counted > 0),
-        turn = case when p.state = 'waiting' and (d.always or p.pending <= d.counted and d.counted > 0)
-                    then nextval('stepwell.turns') else p.turn end
-    from (select x.parent, sum(x.records)::int as records,
-                 count(*) filter (where x.then in ('done', 'hold') and t.wakes in (1, 2))::int as counted,
-                 coalesce(bool_or(x.then in ('done', 'hold')
-                          and (t.wakes = 3 or t.wakes = 2 and (x.then = 'hold' or f.i is not null))), false) as always
-          from unnest(items) x
-          join tasks t on t.id = any (own) and t.id = x.task
-          left join (select distinct r.i from json_to_recordset(records) as r (i int, n int, outcome text)
-                     where r.n = 0 and r.outcome = 'failed') f on f.i = x.i
-          where x.parent is not null and verdicts[x.i] % 4 = 1
-          group by x.parent) d
-    where p.id = any (locking) and p.id = d.parent;
+    with told as (
+        update tasks p
+        set seq = p.seq + d.records,
+            pending = greatest(0, p.pending - d.counted),
+            wakeups = p.wakeups + (d.always or p.pending <= d.counted and d.counted > 0)::int,
+            state = case when p.state <> 'waiting' or not (d.always or p.pending <= d.counted and d.counted > 0) then p.state
+                         when p.interruptions >= 2 then 'suspect' else 'ready' end,
+            fresh = p.fresh and not (d.always or p.pending <= d.counted and d.counted > 0),
+            turn = case when p.state = 'waiting' and (d.always or p.pending <= d.counted and d.counted > 0)
+                        then nextval('stepwell.turns') else p.turn end
+        from (select x.parent, sum(x.records)::int as records,
+                     count(*) filter (where x.then in ('done', 'hold') and t.wakes in (1, 2))::int as counted,
+                     coalesce(bool_or(x.then in ('done', 'hold')
+                              and (t.wakes = 3 or t.wakes = 2 and (x.then = 'hold' or f.i is not null))), false) as always
+              from unnest(items) x
+              join tasks t on t.id = any (own) and t.id = x.task
+              left join (select distinct r.i from json_to_recordset(records) as r (i int, n int, outcome text)
+                         where r.n = 0 and r.outcome = 'failed') f on f.i = x.i
+              where x.parent is not null and verdicts[x.i] % 4 = 1
+              group by x.parent) d
+        where p.id = any (locking) and p.id = d.parent
+        returning p.queue, p.state)
+    select array_agg(distinct told.queue) into rung from told where told.state = 'ready';
+    perform ring(q) from unnest(rung) q;
 
     update tasks t
     set position = t.position + 1,
@@ -1673,9 +1685,6 @@ begin
     where t.id = any (array(
         select x.task from unnest(items) x
         where x.parent is not null and x.then = 'done' and verdicts[x.i] % 4 = 1));
-
-    select array_agg(distinct t.queue) into rung from tasks t where t.id = any (locking) and t.state = 'ready';
-    perform ring(q) from unnest(rung) q;
 end
 $$;
 
@@ -1689,26 +1698,28 @@ as $$
 #variable_conflict use_column
 declare
     w    record;
-    rung text[];
+    last int;
+    rung text;
 begin
     for w in
         select t.run_id, t.path[1:cardinality(t.path) - 2] as path, count(*)::int as count
         from tasks t where t.id = any (done) and t.windowed group by 1, 2
     loop
-        with moved as (
-            update tasks t set position = t.position + w.count
-            where t.run_id = w.run_id and t.path = w.path and t.kind not in ('wake', 'deliver') and t.kind = 'window'
-            returning t.position),
-        readied as (
+        update tasks t set position = t.position + w.count
+        where t.run_id = w.run_id and t.path = w.path and t.kind not in ('wake', 'deliver') and t.kind = 'window'
+        returning t.position into last;
+        continue when not found;
+        -- One by one: to find several at once the planner reads all items of the run.
+        for k in last - w.count + 1 .. last loop
             update tasks t
             set state = case when t.paused then 'paused' else 'ready' end, turn = nextval('stepwell.turns')
-            from (select w.path || array[k, 1] as path
-                  from moved, generate_series(moved.position - w.count + 1, moved.position) k) n
-            where t.run_id = w.run_id and t.path = n.path and t.kind not in ('wake', 'deliver') and t.kind = 'step'
-              and t.state = 'waiting' and t.attempt = 0
-            returning t.queue)
-        select array_agg(distinct readied.queue) into rung from readied;
-        perform ring(q) from unnest(rung) q;
+            where t.run_id = w.run_id and t.path = w.path || array[k, 1] and t.kind not in ('wake', 'deliver')
+              and t.kind = 'step' and t.state = 'waiting' and t.attempt = 0
+            returning t.queue into rung;
+            if found then
+                perform ring(rung);
+            end if;
+        end loop;
     end loop;
 end
 $$;

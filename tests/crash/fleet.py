@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -33,12 +34,13 @@ class Held:
 class Fleet:
     """Supervisors with their workers on one database. `home` holds the ledger and the gates."""
 
-    def __init__(self, url: str, home: Path, **settings: Any) -> None:
+    def __init__(self, url: str, home: Path, *, app: Path = APP, **settings: Any) -> None:
         self.home = home
+        self._app = app
         self.db = psycopg.connect(url, autocommit=True)
         self.db.execute("create table saved (run uuid, name text, size int)")
         self._supervisors: list[subprocess.Popen[bytes]] = []
-        self._environment = {
+        self.environment = {
             **os.environ,
             "STEPWELL_DATABASE_URL": url,
             "STEPWELL_TEST_HOME": str(home),
@@ -46,16 +48,18 @@ class Fleet:
             **{f"STEPWELL_{name.upper()}": str(value) for name, value in settings.items()},
         }
 
-    def start(self, processes: int = 1) -> subprocess.Popen[bytes]:
-        """Start a supervisor and return when its workers claim."""
+    def start(self, processes: int = 1, *, claiming: bool = True) -> subprocess.Popen[bytes]:
+        """Start a supervisor and return, mostly when its workers claim."""
         before = self._count()
         log = (self.home / f"supervisor-{len(self._supervisors)}.log").open("wb")
         supervisor = subprocess.Popen(
-            [sys.executable, "-m", "worker.cli", "worker", str(APP), "--processes", str(processes)],
-            env=self._environment, stdout=log, stderr=log, cwd=self.home,
+            [sys.executable, "-m", "worker.cli", "worker", str(self._app), "--processes", str(processes)],
+            env=self.environment, stdout=log, stderr=log, cwd=self.home,
         )  # fmt: skip
         log.close()
         self._supervisors.append(supervisor)
+        if not claiming:
+            return supervisor
         wait_until(lambda: self._count() >= before + processes, 30, what="the workers to register")
         return supervisor
 
@@ -138,6 +142,19 @@ class Fleet:
             os.kill(held.pid, signal.SIGKILL)
         else:
             self.kill_tree(held.supervisor_pid)
+
+    def kill_one(self, chance: random.Random) -> None:
+        """SIGKILL any worker; now and then a whole supervisor with its workers, and start another one instead."""
+        if chance.random() < 0.2:
+            victim = chance.choice([each for each in self._supervisors if each.poll() is None])
+            self.kill_tree(victim.pid)
+            victim.wait()
+            self.start(2, claiming=False)
+            return
+        rows = self.db.execute("select pid from stepwell.workers where dead_at is null").fetchall()
+        if rows:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(chance.choice(rows)[0], signal.SIGKILL)
 
     def kill_tree(self, supervisor_pid: int) -> None:
         """SIGKILL a supervisor together with its workers, so that none of them can do anything more."""

@@ -171,7 +171,11 @@ class Advance(Claimed):
         if not more and not records:
             return turn
         return msgspec.structs.replace(
-            turn, records=(*turn.records, *records), extras=(*turn.extras, *more), written=False
+            turn,
+            records=(*turn.records, *records),
+            extras=(*turn.extras, *more),
+            asides=len(records),
+            written=False,
         )
 
     def _prepared_step(self, step: DoStep, turn: Turn) -> Turn:
@@ -233,7 +237,7 @@ class Advance(Claimed):
                 decision=self._replay.decide(),
                 records=(*turn.records, *taken.records),
                 extras=(*turn.extras, *taken.extras),
-                took=turn.took + len(taken.extras),
+                took=turn.took + taken.signals,
                 strict=turn.strict or self._replay.branched,
             )
         step = held_only(awaiting, standing)

@@ -16,17 +16,18 @@ from worker.engine.transitions import Dropped, Extra, Taken
 from worker.engine.turns import Standing
 from worker.replay.decisions import Await, AwaitChild, TakeSignal, Wait
 from worker.replay.driver import Replay
-from worker.replay.records import Path, Record, dotted
+from worker.replay.records import Record, dotted
 
 CHILD = "stepwell:child:"
 """What stands before the path of the call in the name under which a child's result is sent."""
 
 
 class TakenMail(NamedTuple):
-    """What was taken: the records of it, and what the flush has to do besides."""
+    """What was taken, how many: the records of it, and what the flush has to do besides."""
 
     records: tuple[Record, ...]
     extras: tuple[Extra, ...]
+    signals: int
 
 
 class _Result(msgspec.Struct):
@@ -69,7 +70,8 @@ class Mailbox:
         if not records and (late := _timed_out(awaiting, standing)) is not None:
             replay.hand(late)
             records.append(late)
-        return TakenMail(tuple(records), tuple(extras))
+        taken = sum(isinstance(extra, Taken) for extra in extras)
+        return TakenMail(tuple(records), tuple(extras), taken)
 
 
 def _name_of(wait: Wait) -> str:
@@ -120,8 +122,3 @@ def _timed_out(awaiting: Await, standing: Standing) -> Record | None:
 def timed_out(name: str, seconds: float | None) -> dict[str, Any]:
     """Return the fault of a signal that has not come in time."""
     return {"type": "TimeoutError", "message": f"no signal {name!r} within {seconds or 0:g} s"}
-
-
-def path_of(wait: Wait) -> Path:
-    """Return where a call stands."""
-    return wait.call.path

@@ -58,7 +58,8 @@ def spread(awaiting: Await, standing: Standing) -> tuple[Spread, tuple[Extra, ..
     remaining = standing.remaining()
     if remaining is not None:
         seconds = standing.cut_by_deadline(remaining if seconds is None else seconds)
-    at = awaiting.waits[0].call.path if alone else awaiting.at
+    # The task is at no call, unless it keeps the time of one: a step at which it were would be taken for its own.
+    at = awaiting.waits[0].call.path if alone and isinstance(awaiting.waits[0].call, TakeSignal) else None
     return Spread(at, tuple(sorted(awaits)), seconds), tuple(rows)
 
 

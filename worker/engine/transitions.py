@@ -167,6 +167,7 @@ class Transition(msgspec.Struct, omit_defaults=True, gc=False):
     parent: int | None = None
     awaits: Sequence[str] | None = None
     took: int = 0
+    asides: int = 0
     cancelled: bool | None = None
     records: int | None = None
     i: int | None = None

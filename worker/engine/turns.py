@@ -56,9 +56,9 @@ class Release(msgspec.Struct, frozen=True, gc=False):
 
 
 class Spread(msgspec.Struct, frozen=True):
-    """Park at `path` until one of several calls is done, or a signal of `awaits` is there, or the time has come."""
+    """Park, at `path` if it is one that the task keeps the time for, until one of several calls is done, or a signal of `awaits` is there, or the time has come."""
 
-    path: Path
+    path: Path | None
     awaits: tuple[str, ...]
     seconds: float | None = None
     until: datetime | None = None
@@ -76,7 +76,7 @@ class Turn(msgspec.Struct, frozen=True, gc=False):
     """What to do next, what has to be durable before, and whether it is.
 
     `extras` go out with it. `strict`: the records are in order only if nothing else was recorded meanwhile. `took`: how
-    many signals they take.
+    many signals they take; `asides`: how many of them are patches.
     """
 
     decision: Decision | Park | Spread | Done | Hold | Release
@@ -86,6 +86,7 @@ class Turn(msgspec.Struct, frozen=True, gc=False):
     extras: tuple[Extra, ...] = ()
     strict: bool = False
     took: int = 0
+    asides: int = 0
 
 
 class Standing:
@@ -309,6 +310,8 @@ class Standing:
         )  # fmt: skip
         if self.cancelled:
             transition.cancelled = True
+        if turn.asides:
+            transition.asides = turn.asides
         family = then == "continue" or (end is not None and (self.branched or claim.awaited))
         return Writing(transition, rows, end, (*turn.extras, *more) if more else turn.extras, family)
 

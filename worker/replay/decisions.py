@@ -81,9 +81,8 @@ class Window(msgspec.Struct, frozen=True, gc=False):
 
 
 class Await(msgspec.Struct, frozen=True):
-    """Wait for these calls. `at` is the call at which the body itself stands."""
+    """Wait for these calls."""
 
-    at: Path
     waits: tuple[Wait, ...]
     windows: tuple[Window, ...] = ()
 

@@ -355,7 +355,7 @@ class Replay(Asides):
             )
             if waiting.fresh and join is not None and join.call.limit and type(asked) is DoStep:
                 limits[join.path] = Window(join.path, join.call.limit)
-        return Await(self._main_strand.waits_at, tuple(waits), tuple(limits.values()))
+        return Await(tuple(waits), tuple(limits.values()))
 
 
 def _drift_of(asked: DoStep) -> Drift:
