@@ -21,7 +21,18 @@ from psycopg.rows import TupleRow
 from outbox.database import connect
 from tests.waiting import wait_until
 from worker.engine.claims import Claim
-from worker.engine.transitions import EndRow, EndState, Extra, RecordRow, Then, Transition, Writing, encode
+from worker.engine.transitions import (
+    ChildRow,
+    EndRow,
+    EndState,
+    Extra,
+    RecordRow,
+    TaskRow,
+    Then,
+    Transition,
+    Writing,
+    encode,
+)
 from worker.queries import load
 
 Db = psycopg.Connection[TupleRow]
@@ -117,6 +128,25 @@ class Held:
             parent=self.claim.parent, **more,
         )  # fmt: skip
         return Writing(transition, tuple(records), end, tuple(extras), family)
+
+
+def step_at(*path: int, wakes: int = 1, name: str = "step:send", **more: Any) -> TaskRow:
+    """Return the row of a call that becomes a task of its own."""
+    return TaskRow(kind="step", path=path, name=name, wakes=wakes, args=msgspec.Raw(b'{"n": 1}'), **more)
+
+
+def timer_at(*path: int, delay: float = 0.0, wakes: int = 3) -> TaskRow:
+    """Return the row of a sleep beside other calls."""
+    said = b'{"kind":"sleep","name":"sleep","outcome":"completed"}'
+    return TaskRow(
+        kind="timer", path=path, name="sleep", wakes=wakes, delay=delay, args=msgspec.Raw(said)
+    )  # fmt: skip
+
+
+def child_at(*path: int, workflow: str = "child", counted: bool = False, **more: Any) -> ChildRow:
+    """Return the row of a run that is called."""
+    given = {"version": "", "queue": "default", "input": msgspec.Raw(b'{"a": 1}'), **more}
+    return ChildRow(path=path, workflow=workflow, counted=counted, **given)
 
 
 class Worker:
@@ -231,6 +261,21 @@ class Lab:
 
     def rows(self, statement: LiteralString, *parameters: Any) -> list[tuple[Any, ...]]:
         return list(self.db.execute(statement, parameters or None))
+
+    def call(self, run: UUID, *path: int, columns: str = "state") -> Any:
+        """Return some columns of the task of one of the run's calls, as `task` does."""
+        row = self.db.execute(
+            f"select {columns} from stepwell.tasks where run_id = %s and path = %s and kind <> 'wake'".encode(),
+            [run, list(path)],
+        ).fetchone()
+        return None if row is None else row if len(row) > 1 else row[0]
+
+    def calls(self, run: UUID) -> dict[str, str]:
+        """Return the state of each task of the run's calls, by path."""
+        rows = self.rows(
+            "select path, state from stepwell.tasks where run_id = %s and path > '{}' order by path", run
+        )
+        return {".".join(map(str, path)): state for path, state in rows}
 
     def task(self, task: int, columns: str = "state") -> Any:
         """Return some columns of a task's row: a tuple if they are several; None when it is gone."""

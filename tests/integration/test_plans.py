@@ -7,13 +7,14 @@ thousands of rows where a hundred are wanted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from tests.postgres import Cluster
-from tests.protocol import ALREADY, APPLIED, FENCED, Lab, Worker
+from tests.protocol import ALREADY, APPLIED, FENCED, Lab, Worker, child_at, step_at, timer_at
+from worker.engine.transitions import Dropped, Extra, TaskRow
 from worker.queries import load
 
 BACKLOG = 200_000
@@ -37,9 +38,12 @@ from (select i, case when i <= {BACKLOG} then 'ready' when i <= {BACKLOG + 50_00
 
 insert into stepwell.outbox (run_id, epoch, path, n, seq, kind, name, outcome)
 select md5(i::text)::uuid, 0, '{{1}}', 0, 1, 'step', 'send', 'completed' from generate_series(1, 100000) i;
+
+insert into stepwell.signals (run_id, name, payload)
+select md5(i::text)::uuid, 'late', '1' from generate_series({BACKLOG}, {BACKLOG + 50_000}) i;
 """
 
-GROWING = "array['stepwell.tasks', 'stepwell.runs', 'stepwell.outbox']::regclass[]"
+GROWING = "array['stepwell.tasks', 'stepwell.runs', 'stepwell.outbox', 'stepwell.signals']::regclass[]"
 FORGET = f"set allow_system_table_mods = on; delete from pg_statistic where starelid = any ({GROWING})"
 
 
@@ -51,7 +55,7 @@ def believe(tuples: int, pages: str, tables: str) -> str:
     """
 
 
-ANALYZE = "analyze stepwell.tasks, stepwell.runs, stepwell.outbox"
+ANALYZE = "analyze stepwell.tasks, stepwell.runs, stepwell.outbox, stepwell.signals"
 BELIEFS = {
     "what the installation left": [believe(-1, "0", GROWING)],
     "nothing": [FORGET, believe(-1, "0", GROWING)],
@@ -68,7 +72,7 @@ def backlog_url(cluster: Cluster) -> Iterator[str]:
     """A database with a backlog that was never analysed; its tests roll back what they do."""
     with cluster.database() as url:
         with Lab(url) as lab:
-            for table in ("tasks", "runs", "outbox"):
+            for table in ("tasks", "runs", "outbox", "signals"):
                 lab.db.execute(f"alter table stepwell.{table} set (autovacuum_enabled = off)".encode())
             lab.db.execute(FILL.encode())
         yield url
@@ -77,6 +81,9 @@ def backlog_url(cluster: Cluster) -> Iterator[str]:
 @pytest.fixture(params=BELIEFS)
 def reading(backlog_url: str, request: pytest.FixtureRequest) -> Iterator[Reading]:
     lab = Lab(backlog_url, emptied=False)
+    lab.db.execute(
+        "vacuum (index_cleanup on) stepwell.tasks, stepwell.signals"
+    )  # what the tests before have rolled back
     with lab, lab.db.transaction(force_rollback=True):
         for statement in BELIEFS[request.param]:
             lab.db.execute(statement.encode())
@@ -84,7 +91,7 @@ def reading(backlog_url: str, request: pytest.FixtureRequest) -> Iterator[Readin
 
 
 class Reading:
-    """Measures, within one transaction, what was read of the three tables that grow."""
+    """Measures, within one transaction, what was read of the four tables that grow."""
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
@@ -104,10 +111,10 @@ class Reading:
             self.lab.rows(
                 """
                 select 'index ' || s.indexrelname, pg_stat_get_xact_tuples_returned(s.indexrelid)
-                from pg_stat_user_indexes s where s.schemaname = 'stepwell' and s.relname in ('tasks', 'runs', 'outbox')
+                from pg_stat_user_indexes s where s.schemaname = 'stepwell' and s.relname in ('tasks', 'runs', 'outbox', 'signals')
                 union all
                 select 'sequential ' || s.relname, pg_stat_get_xact_numscans(s.relid) from pg_stat_user_tables s
-                where s.schemaname = 'stepwell' and s.relname in ('tasks', 'runs', 'outbox')
+                where s.schemaname = 'stepwell' and s.relname in ('tasks', 'runs', 'outbox', 'signals')
                 """
             )
         )
@@ -158,6 +165,92 @@ def test_a_statement_reads_what_it_needs(reading: Reading) -> None:
     reading.within(PER_TASK * quarter, "reclaim")
 
 
+def family() -> list[Extra]:
+    """Return calls of every kind."""
+    return [
+        TaskRow(kind="window", path=(1,), name="window", released=1),
+        step_at(1, 1, 1, windowed=True),
+        step_at(1, 2, 1, windowed=True, held=True),
+        step_at(2),
+        timer_at(3),
+        child_at(4, counted=True),
+        child_at(5),
+    ]
+
+
+def test_calls_side_by_side_read_what_they_need(reading: Reading) -> None:
+    lab = reading.lab
+    worker = lab.worker("w", "step:send", "child")
+    half, quarter = BATCH // 2, BATCH // 4
+    parents = worker.claim(half)
+    reading.within(PER_TASK * BATCH, "claim")
+
+    spreading = [each.park(extras=family()) for each in parents]
+    assert worker.flush(*spreading) == [APPLIED] * half
+    reading.within(PER_TASK * half * len(family()), "spread")
+    assert worker.flush(*spreading) == [ALREADY] * half
+    reading.within(PER_TASK * half, "a resent spread")
+
+    claimed = worker.claim(4 * half)
+    steps = [each for each in claimed if each.claim.kind == "step"]
+    children = [each for each in claimed if each.claim.kind == "run"]
+    assert (len(steps), len(children)) == (2 * half, 2 * half)
+    reading.within(PER_TASK * 4 * half, "a claim of calls")
+    parked, released, done = steps[:quarter], steps[quarter:half], steps[half:]
+    writings = [
+        each.park(each.record(*each.claim.path, n=1, outcome="failed"), delay=60.0) for each in parked
+    ]
+    writings += [each.release() for each in released]
+    writings += [each.done(each.record(*each.claim.path)) for each in done]
+    assert worker.flush(*writings) == [APPLIED] * 2 * half
+    reading.within(PER_TASK * 2 * half, "a flush of steps")
+    assert [code % 4 for code in worker.flush(*writings[:quarter], *writings[half:])] == [ALREADY] * (
+        quarter + half
+    )
+    reading.within(PER_TASK * 2 * half, "a resent flush of steps")
+
+    assert lab.promote() == half
+    timers = worker.claim(0)
+    assert worker.flush(*(each.done(each.record(3)) for each in timers)) == [APPLIED] * half
+    reading.within(3 * PER_TASK * half, "timers")
+
+    ends = [each.finish(state="failed", family=True) for each in children]
+    assert worker.flush(*ends) == [APPLIED] * 2 * half
+    reading.within(PER_TASK * 2 * half, "ends of children")
+    assert worker.apply_wakes() == 2 * half
+    reading.within(4 * PER_TASK * half, "results of children")
+
+    for each in parents[:quarter]:
+        assert lab.one("select stepwell.signal(%s, 'go')", each.run)
+    assert worker.apply_wakes() == quarter
+    reading.within(4 * PER_TASK * quarter, "signals")
+
+    again = [each for each in worker.claim(BATCH) if each.run in {parent.run for parent in parents}]
+    runs = [each for each in again if each.claim.kind == "run"]
+    reading.within(PER_TASK * BATCH, "a claim of runs that are woken")
+    assert len(runs) > quarter
+    ending, going_on = runs[:quarter], runs[quarter:]
+    writings = [each.finish(each.record(9), family=True) for each in ending]
+    writings += [each.move(extras=[Dropped(path=(1,)), Dropped(path=(4,))], doing=(6,)) for each in going_on]
+    assert worker.flush(*writings) == [APPLIED] * len(runs)
+    reading.within(4 * PER_TASK * len(runs), "ends of parents, and calls that are dropped")
+
+
+def test_the_next_of_a_window_is_found_without_reading_the_others(reading: Reading) -> None:
+    lab, items = reading.lab, 2_000
+    worker = lab.worker("w", "step:send")
+    held = worker.take()
+    window = TaskRow(kind="window", path=(1,), name="window", released=1)
+    rows = [step_at(1, k, 1, windowed=True, held=k > 1) for k in range(1, items + 1)]
+    assert worker.flush(held.park(extras=[window, *rows])) == [APPLIED]
+    reading.within(PER_TASK * items, "a large spread")
+    for n in range(3):
+        step = worker.take()
+        assert step.claim.path == [1, n + 1, 1]
+        worker.apply(step, step.done(step.record(*step.claim.path)))
+        reading.within(5 * PER_TASK, "a completion")
+
+
 def test_what_is_done_beside_the_work_reads_what_it_needs(reading: Reading) -> None:
     lab = reading.lab
     assert lab.one("select stepwell.shelve_v1('default', %s)", BATCH) == 0
@@ -174,18 +267,25 @@ def test_what_is_done_beside_the_work_reads_what_it_needs(reading: Reading) -> N
 
     (held,) = reading.worker.claim(1)
     reading.within(PER_TASK + 2 * BATCH, "a claim of one")
+    assert lab.one("select stepwell.signal(%s, 'go')", held.run)
+    given = {"run": held.run, "worker": reading.worker.id}
     for name, parameters in STATEMENTS.items():
-        lab.db.execute(load(name), [p(held.run, reading.worker.id) for p in parameters])
+        rows = lab.db.execute(load(name), parameters(**given)).fetchall()
+        assert bool(rows) == (name not in NOTHING_RECORDED), name
         reading.within(PER_TASK, name)
     assert lab.state(held.run) == "running"
     reading.within(PER_TASK, "run_status")
 
 
-STATEMENTS: dict[str, tuple[Any, ...]] = {
-    "audit": (lambda run, worker: worker,),
-    "history": (lambda run, worker: [run],),
-    "suspects": (lambda run, worker: ["default"], lambda run, worker: ["w"]),
+STATEMENTS: dict[str, Callable[..., Any]] = {
+    "audit": lambda run, worker: (worker,),
+    "history": lambda run, worker: ([run],),
+    "history_since": lambda run, worker: (run, 1),
+    "step_history": lambda run, worker: {"run": run, "path": [1, 2, 1], "base": 0, "epoch": 2},
+    "mail": lambda run, worker: ([run],),
+    "suspects": lambda run, worker: (["default"], ["w"]),
 }
+NOTHING_RECORDED = ("history_since", "step_history")
 
 
 def test_a_measurement_sees_a_bad_plan(reading: Reading) -> None:
