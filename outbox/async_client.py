@@ -26,6 +26,7 @@ from outbox.invocations import (
     function_of,
 )
 from outbox.outcomes import outcome, pauses, timed_out
+from outbox.repairing import AsyncRepairs
 from outbox.runners import AsyncRunner
 from outbox.settings import Settings
 from outbox.statements import Duration, Key, Options, key_text, run_uuid
@@ -34,7 +35,7 @@ from outbox.transactions import AsyncTransaction
 R = TypeVar("R", default=Any)
 
 
-class AsyncClient:
+class AsyncClient(AsyncRepairs):
     """The asynchronous `Client`: the same calls, awaited; one event loop at a time.
 
     `tx` is a psycopg AsyncConnection, or SQLAlchemy's AsyncConnection or AsyncSession.
@@ -69,6 +70,7 @@ class AsyncClient:
         deadline: Duration | None = None,
         lane: str | None = None,
         tenant: str | None = None,
+        version: str | None = None,
         tx: AsyncTransaction | None = None,
         **kwargs: Any,
     ) -> AsyncRun[R]:
@@ -83,10 +85,11 @@ class AsyncClient:
             deadline=deadline,
             lane=lane,
             tenant=tenant,
+            version=target.version if version is None else version,
         )
         text_key = key_text(key)
         if target.needs_names(args):
-            schema = await self._runner.run(statements.workflow_schema(target.name), tx)
+            schema = await self._runner.run(statements.workflow_schema(target.name, options.version), tx)
             target = target.knowing(schema)
         text = target.encode(args, kwargs, self._runner.settings.max_payload_bytes)
         run, created = await self._runner.run(statements.enqueue(target.name, text, text_key, options), tx)
@@ -106,6 +109,7 @@ class AsyncClient:
         deadline: Duration | None = None,
         lane: str | None = None,
         tenant: str | None = None,
+        version: str | None = None,
         tx: AsyncTransaction | None = None,
         chunk: int = 1000,
     ) -> AsyncIterator[AsyncRun[R]]:
@@ -120,6 +124,7 @@ class AsyncClient:
             deadline=deadline,
             lane=lane,
             tenant=tenant,
+            version=target.version if version is None else version,
         )
         return self._enqueued(
             chunks_async(inputs, checked_chunk(chunk)),
@@ -208,10 +213,6 @@ class AsyncClient:
         """Yield what a run emits, live: ``async for item in client.stream(run)``. See `Client.stream`."""
         return self._followed(Following(run_uuid(run), name, after, follow=follow, timeout=timeout))
 
-    async def retry(self, run: UUID | str) -> int:
-        """Open an ended run again and return its new epoch; see `Client.retry`."""
-        return await self._runner.run(statements.retry(run_uuid(run)))
-
     async def _followed(self, following: Following) -> AsyncIterator[StreamItem]:
         while not following.over:
             for item in following.take(await self._runner.run(following.statement())):
@@ -231,7 +232,7 @@ class AsyncClient:
         number = 0
         async for items in chunked:
             if target.published is None and any_needs_names(target, items):
-                schema = await self._runner.run(statements.workflow_schema(target.name), tx)
+                schema = await self._runner.run(statements.workflow_schema(target.name, options.version), tx)
                 target = target.knowing(schema)
             for batch in batches(target, items, number, key, self._runner.settings.max_payload_bytes):
                 statement = statements.enqueue_many(target.name, batch.texts, batch.keys, options)

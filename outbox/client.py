@@ -26,6 +26,7 @@ from outbox.invocations import (
     function_of,
 )
 from outbox.outcomes import outcome, pauses, timed_out
+from outbox.repairing import Repairs
 from outbox.runners import Runner
 from outbox.settings import Settings
 from outbox.statements import Duration, Key, Options, key_text, run_uuid
@@ -34,7 +35,7 @@ from outbox.transactions import Transaction
 R = TypeVar("R", default=Any)
 
 
-class Client:
+class Client(Repairs):
     """Enqueue runs, wait for them, read them. Safe for use by many threads; close it, or use it in a `with`.
 
     Without `tx` every call is a transaction of its own, committed when it returns. With `tx` it joins that
@@ -75,6 +76,7 @@ class Client:
         deadline: Duration | None = None,
         lane: str | None = None,
         tenant: str | None = None,
+        version: str | None = None,
         tx: Transaction | None = None,
         **kwargs: Any,
     ) -> Run[R]:
@@ -86,7 +88,8 @@ class Client:
 
         `key`: a second run of this workflow with the same key is not created; the first one is returned and the
         new arguments are ignored. `priority`: 0 first to 9 last. `delay` (seconds or a timedelta) or `at`: when to
-        start. `deadline`: how long after now the run fails with DeadlineExceeded.
+        start. `deadline`: how long after now the run fails with DeadlineExceeded. `version`: only workers that have this
+        version of the workflow take the run; by default that of the function, by name the one published last.
 
         Raises PayloadError for arguments that do not fit, ConfigError for options, SchemaError, UnknownWorkflow.
         """
@@ -100,10 +103,11 @@ class Client:
             deadline=deadline,
             lane=lane,
             tenant=tenant,
+            version=target.version if version is None else version,
         )
         text_key = key_text(key)
         if target.needs_names(args):
-            schema = self._runner.run(statements.workflow_schema(target.name), tx)
+            schema = self._runner.run(statements.workflow_schema(target.name, options.version), tx)
             target = target.knowing(schema)
         text = target.encode(args, kwargs, self._runner.settings.max_payload_bytes)
         run, created = self._runner.run(statements.enqueue(target.name, text, text_key, options), tx)
@@ -123,6 +127,7 @@ class Client:
         deadline: Duration | None = None,
         lane: str | None = None,
         tenant: str | None = None,
+        version: str | None = None,
         tx: Transaction | None = None,
         chunk: int = 1000,
     ) -> Iterator[Run[R]]:
@@ -145,6 +150,7 @@ class Client:
             deadline=deadline,
             lane=lane,
             tenant=tenant,
+            version=target.version if version is None else version,
         )
         return self._enqueued(
             chunks(inputs, checked_chunk(chunk)),
@@ -255,14 +261,6 @@ class Client:
         """
         return self._followed(Following(run_uuid(run), name, after, follow=follow, timeout=timeout))
 
-    def retry(self, run: UUID | str) -> int:
-        """Open a failed, cancelled or blocked run again and return its new epoch.
-
-        What completed stays completed. Raises RunConflict when it is open or has succeeded, RunNotFound. Needs the
-        rights of stepwell_worker.
-        """
-        return self._runner.run(statements.retry(run_uuid(run)))
-
     def _followed(self, following: Following) -> Iterator[StreamItem]:
         while not following.over:
             yield from following.take(self._runner.run(following.statement()))
@@ -281,7 +279,7 @@ class Client:
         number = 0
         for items in chunked:
             if target.published is None and any_needs_names(target, items):
-                schema = self._runner.run(statements.workflow_schema(target.name), tx)
+                schema = self._runner.run(statements.workflow_schema(target.name, options.version), tx)
                 target = target.knowing(schema)
             for batch in batches(target, items, number, key, self._runner.settings.max_payload_bytes):
                 statement = statements.enqueue_many(target.name, batch.texts, batch.keys, options)

@@ -44,6 +44,14 @@ class Run(Generic[R_co]):
         """Ask for its end; return whether it was open."""
         return self._client.cancel(self.id)
 
+    def pause(self) -> bool:
+        """Stop it until it is resumed; return whether it was open. See `Client.pause`."""
+        return self._client.pause(self.id)
+
+    def resume(self) -> bool:
+        """Have it go on after a pause; return whether it was paused."""
+        return self._client.resume(self.id)
+
     def signal(self, name: str, payload: Any = None, *, tx: Transaction | None = None) -> bool:
         """Send it a signal; return whether it was open. See `Client.signal`."""
         return self._client.signal(self.id, name, payload, tx=tx)
@@ -84,6 +92,14 @@ class AsyncRun(Generic[R_co]):
     async def cancel(self) -> bool:
         """Ask for its end; return whether it was open."""
         return await self._client.cancel(self.id)
+
+    async def pause(self) -> bool:
+        """Stop it until it is resumed; return whether it was open. See `Client.pause`."""
+        return await self._client.pause(self.id)
+
+    async def resume(self) -> bool:
+        """Have it go on after a pause; return whether it was paused."""
+        return await self._client.resume(self.id)
 
     async def signal(self, name: str, payload: Any = None, *, tx: AsyncTransaction | None = None) -> bool:
         """Send it a signal; return whether it was open. See `Client.signal`."""

@@ -14,7 +14,7 @@ from outbox.exchange import Progress, progress_of
 from outbox.queries import load
 from outbox.statements import Rows, Statement
 
-STATUSES = ("pending", "running", "waiting", "succeeded", "failed", "cancelled", "blocked")
+STATUSES = ("pending", "running", "waiting", "paused", "succeeded", "failed", "cancelled", "blocked")
 MAX_LIST = 10_000
 
 
@@ -25,7 +25,7 @@ class RunInfo:
     id: UUID
     workflow: str
     status: str
-    """pending, running, waiting, succeeded, failed, cancelled or blocked"""
+    """pending, running, waiting, paused, succeeded, failed, cancelled or blocked"""
     queue: str
     priority: int
     labels: Mapping[str, Any]

@@ -39,6 +39,8 @@ class WorkflowLike(Protocol[R_co]):
     def signature(self) -> Signature: ...
     @property
     def queue(self) -> str: ...
+    @property
+    def version(self) -> str: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, R_co] | R_co: ...
 
 
@@ -59,6 +61,8 @@ class Target:
     queue: str | None = None
     signature: Signature | None = None
     published: Mapping[str, Any] | None = None
+    version: str | None = None
+    """its own if it is given by function; None for the one that was published last"""
 
     @classmethod
     def of(cls, workflow: WorkflowLike[Any] | str) -> Target:
@@ -71,7 +75,7 @@ class Target:
             raise ConfigError(
                 f"{shown} is no workflow: decorate it with @workflow, or pass the name of one as a str"
             )
-        return cls(workflow.name, workflow.queue, signature)
+        return cls(workflow.name, workflow.queue, signature, version=workflow.version)
 
     def needs_names(self, args: tuple[Any, ...]) -> bool:
         """Tell whether these positional arguments can be named only by a published schema."""

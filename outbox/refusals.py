@@ -47,7 +47,7 @@ def meaning(error: psycopg.Error) -> StepwellError | None:
     if state == _NO_PRIVILEGE:
         return ConfigError(
             f"the database role may not do this ({said}): grant it stepwell_producer to enqueue, signal and "
-            "cancel, stepwell_viewer to read, stepwell_worker to retry"
+            "cancel, stepwell_viewer to read, stepwell_worker to retry and repair"
         )
     if state.startswith("22"):
         return PayloadError(f"the database refuses the data: {said}")

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 from uuid import UUID
 
 from outbox.codec import decode, encode
-from outbox.errors import ConfigError, PayloadError, RunConflict, RunNotFound
+from outbox.errors import ConfigError, PayloadError, RunNotFound
 from outbox.queries import load
 
 T = TypeVar("T")
@@ -54,6 +54,7 @@ class Options:
     deadline: float | None
     lane: str | None
     tenant: str | None
+    version: str | None = None
 
     @classmethod
     def of(
@@ -67,6 +68,7 @@ class Options:
         deadline: Duration | None = None,
         lane: str | None = None,
         tenant: str | None = None,
+        version: str | None = None,
     ) -> Options:
         """Return the options, or raise ConfigError (PayloadError for labels) that names the one at fault."""
         if type(priority) is not int or not 0 <= priority <= 9:
@@ -86,6 +88,7 @@ class Options:
             deadline=None if deadline is None else seconds_of(deadline, "deadline"),
             lane=None if lane is None else name_text(lane, "the lane"),
             tenant=None if tenant is None else name_text(tenant, "the tenant"),
+            version=version if not version else name_text(version, "the version"),
         )
 
 
@@ -161,37 +164,18 @@ def enqueue_many(
     )
 
 
-def workflow_schema(workflow: str) -> Statement[dict[str, Any] | None]:
-    """Read the JSON Schema of a workflow's input, None if no worker has published it."""
+def workflow_schema(workflow: str, version: str | None = None) -> Statement[dict[str, Any] | None]:
+    """Read the JSON Schema of a workflow's input, None if no worker has published it. Without a version, the last one."""
 
     def read(rows: Rows) -> dict[str, Any] | None:
         return decode(rows[0][0], dict[str, Any], where=f"schema of {workflow}") if rows else None
 
-    return Statement(load("workflow_schema"), {"workflow": workflow}, read)
+    return Statement(load("workflow_schema"), {"workflow": workflow, "version": version}, read)
 
 
 def cancel(run: UUID) -> Statement[bool]:
     """Ask for the end of a run; answers whether it was open. Asking twice does no harm."""
     return Statement(load("cancel"), {"run": run}, lambda rows: bool(rows[0][0]))
-
-
-def retry(run: UUID) -> Statement[int]:
-    """Open an ended run again; answers its new epoch. Raises RunNotFound, RunConflict."""
-
-    def read(rows: Rows) -> int:
-        if not rows:
-            raise RunNotFound(f"there is no run {run}")
-        epoch, state = rows[0]
-        if epoch is None:
-            told = (
-                "was retried by somebody else just now"
-                if state not in ("open", "succeeded")
-                else f"is {state}"
-            )
-            raise RunConflict(f"run {run} {told}; only a failed, cancelled or blocked run can be retried")
-        return int(epoch)
-
-    return Statement(load("retry"), {"run": run}, read, repeatable=False)
 
 
 # -- parts -------------------------------------------------------------------------------------------
@@ -212,6 +196,7 @@ def _enqueuing(
         "tenant": options.tenant,
         "labels": options.labels,
         "deadline": options.deadline,
+        "version": options.version,
     }
 
 

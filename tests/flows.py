@@ -20,9 +20,10 @@ class Lead:
 class Flow(Generic[R]):
     """Stands in for what `@workflow` makes of a function."""
 
-    def __init__(self, function: Callable[..., R], queue: str = "default") -> None:
+    def __init__(self, function: Callable[..., R], queue: str = "default", version: str = "") -> None:
         self.name = function.__name__
         self.queue = queue
+        self.version = version
         self.signature = Signature.of(function)
         self._function = function
 

@@ -16,4 +16,5 @@ from stepwell.enqueue_many(
     lane     => %(lane)s::text,
     tenant   => %(tenant)s::text,
     labels   => %(labels)s::jsonb,
-    deadline => make_interval(secs => %(deadline)s::float8)) e;
+    deadline => make_interval(secs => %(deadline)s::float8),
+    version  => %(version)s::text) e;

@@ -1,16 +1,16 @@
 -- Purpose: the newest runs, before a given one, of one workflow, in one status: each of these optional.
 -- Index: four ways to the candidates, of which the status leaves one (a one-time filter each):
 --   any, succeeded               primary key of runs, backwards
---   pending, waiting             tasks_identity, backwards: only open runs have a task
+--   pending, waiting, paused     tasks_identity, backwards: only open runs have a task
 --   running                      tasks_claimed: no more is claimed than there are slots; then tasks_identity
 --   failed, cancelled, blocked   outbox_unhappy_ends: an index on runs.state would cost every end
 -- Locks: none.
--- What is pending, running and waiting is what the view run_status says. A run's own task is named by its workflow,
+-- What is pending, running, waiting and paused is what the view run_status says. A run's own task is named by its workflow,
 -- and behind an @ its version.
 with claimed as materialized (
     select distinct k.run_id
     from stepwell.tasks k
-    where %(status)s::text in ('running', 'waiting')
+    where %(status)s::text in ('running', 'waiting', 'paused')
       and k.state = 'claimed' and k.kind not in ('wake', 'deliver'))
 select s.id::text, s.workflow, s.status, s.queue, s.priority, s.labels::text, s.epoch, s.created_at, s.started_at,
        s.finished_at, s.deadline_at, r.input::text, r.output::text, r.error::text, s.attempt, s.doing, s.due_at,
@@ -28,10 +28,11 @@ from (
     union all
     (select t.run_id
      from stepwell.tasks t
-     where %(status)s::text in ('pending', 'waiting')
+     where %(status)s::text in ('pending', 'waiting', 'paused')
        and t.kind = 'run'
        and t.state <> 'claimed'
-       and (t.attempt = 0 and t.fresh) = (%(status)s::text = 'pending')
+       and t.paused = (%(status)s::text = 'paused')
+       and (t.paused or (t.attempt = 0 and t.fresh) = (%(status)s::text = 'pending'))
        and (t.driven < 0 or t.run_id not in (select claimed.run_id from claimed))
        and (%(workflow)s::text is null or t.name = %(workflow)s::text
             or starts_with(t.name, %(workflow)s::text || '@'))

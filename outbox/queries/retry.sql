@@ -1,6 +1,6 @@
--- Purpose: open a failed, cancelled or blocked run again. One row (new epoch or null, the state before), none
---   for an unknown run.
--- Index: primary key of runs. Locks: the run's row, which no claimant holds while the run has no task.
-select stepwell.retry(r.id), r.state
-from stepwell.runs r
+-- Purpose: open a failed, cancelled or blocked run again. One row (new epoch or null, the state before, the first step
+--   that was undone), none for an unknown run.
+-- Index: primary keys of runs and outbox. Locks: the run's row, which no claimant holds while the run has no task.
+select e.epoch, r.state, case when e.epoch is null then stepwell.undone(r.id) end
+from stepwell.runs r, stepwell.retry(r.id) e (epoch)
 where r.id = %(run)s::uuid;

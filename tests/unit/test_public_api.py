@@ -25,19 +25,26 @@ WORKER = {
 
 STEP_OPTIONS = "name, retry, timeout, on_crash, verify, raises, queue, undo"
 
-OPTIONS = "queue, priority, delay, at, labels, deadline, lane, tenant, tx"
+OPTIONS = "queue, priority, delay, at, labels, deadline, lane, tenant, version, tx"
 
 CLIENT = {
     "cancel": "run, tx",
+    "change": "action, runs",
     "close": "",
     "enqueue": f"workflow, args, key, {OPTIONS}, kwargs",
     "enqueue_many": f"workflow, inputs, key, {OPTIONS}, chunk",
+    "find": "workflow, status, error_like, since, limit",
+    "fork": "run, path, input, version",
     "get": "run",
     "history": "run",
     "list": "workflow, status, limit, before",
+    "pause": "run",
     "progress": "run",
+    "resolve": "run, path, value, error",
     "result": "run, timeout, workflow",
+    "resume": "run",
     "retry": "run",
+    "rewind": "run, path",
     "signal": "run, name, payload, tx",
     "state": "run",
     "stream": "run, name, after, follow, timeout",
@@ -48,8 +55,10 @@ CLIENT = {
 RUN = {
     "cancel": "",
     "info": "",
+    "pause": "",
     "progress": "",
     "result": "timeout",
+    "resume": "",
     "signal": "name, payload, tx",
     "state": "",
     "stream": "name, after, follow, timeout",
