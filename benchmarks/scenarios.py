@@ -79,10 +79,10 @@ def throughput(bench: Bench, workflow: str, processes: int, runs: int) -> dict[s
         return figures | cost.per_run(runs)
 
 
-def start_latency(bench: Bench, samples: int) -> dict[str, float]:
+def start_latency(bench: Bench, samples: int, *, url: str | None = None) -> dict[str, float]:
     """Enqueue on an idle worker, one by one, and see when the step starts."""
     log = bench.home / f"latency-{time.monotonic_ns()}"
-    url = bench.fresh()
+    url = url or bench.fresh()
     with Client(url) as client, bench.workers(url, 1, STEPWELL_BENCH_LOG=str(log)):
         waits = []
         for n in range(samples):
@@ -171,13 +171,14 @@ def _line(log: Path, word: str, other_than: int | None = None) -> tuple[int, int
     raise AssertionError
 
 
-def _children(pid: int) -> list[int]:
+def children_of(pid: int) -> list[int]:
+    """Return the workers of a supervisor."""
     path = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(child) for child in path.read_text().split()] if path.exists() else []
 
 
 def _kill_tree(pid: int) -> None:
-    for each in (pid, *_children(pid)):
+    for each in (pid, *children_of(pid)):
         try:
             os.kill(each, signal.SIGKILL)
         except ProcessLookupError:
@@ -187,7 +188,7 @@ def _kill_tree(pid: int) -> None:
 def _cpu_seconds(supervisor: int) -> float:
     """Return the CPU time of a supervisor's workers so far."""
     ticks = 0
-    for pid in _children(supervisor):
+    for pid in children_of(supervisor):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")

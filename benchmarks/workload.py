@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 
-from worker import current_step, step, workflow
+from worker import current_step, map, sleep, step, workflow
 
 
 def _tell(word: str) -> None:
@@ -61,3 +61,21 @@ async def linger(word: str) -> None:
 @workflow
 async def lingering(word: str) -> None:
     await linger(word)
+
+
+@workflow
+async def fan_out(items: int) -> int:
+    return len(await map(first, range(items)))
+
+
+@workflow
+async def nap(seconds: float, word: str) -> None:
+    await sleep(seconds)
+    await started(word)
+
+
+@workflow
+async def many_steps(steps: int) -> int:
+    for n in range(steps):
+        await first(n)
+    return steps

@@ -341,6 +341,8 @@ class Engine:
         """Apply a fact to a run, or a timer that is due."""
         writing = applied_wake if claim.kind == "wake" else applied_timer
         await self._committer.commit(writing(claim))
+        # What it has readied was rung for, but maybe before this worker asked to be rung.
+        self._changed.set()
 
     def _cancel(self, tasks: Sequence[int]) -> None:
         for task in tasks:
