@@ -9,7 +9,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup demo test slow crash bench lint types layers format
+.PHONY: help setup demo test slow nightly crash bench lint types layers format
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ test: setup ## Run all tests but the slow ones
 
 slow: setup ## Run the slow tests: the demo in every way it can go
 	$(BIN)/pytest -m slow $(ARGS)
+
+nightly: setup ## Run random programs among random kills, thousands of them, with another seed each time
+	STEPWELL_PROGRAMS=$${STEPWELL_PROGRAMS:-3000} STEPWELL_SEED=$${STEPWELL_SEED:-$$(date +%s)} \
+		$(BIN)/pytest tests/crash/test_programs.py $(ARGS)
 
 crash: setup ## Run the crash tests, slow ones too; REPEAT=10 runs them ten times in a row
 	for round in $$(seq $(REPEAT)); do \

@@ -27,7 +27,7 @@ from worker.context import StepInfo
 from worker.definitions import Step
 from worker.engine.claims import Claim, Mail
 from worker.engine.committer import Committer
-from worker.engine.reports import bug, ended_transaction, log_end, refused
+from worker.engine.reports import bug, ended_transaction, log_end, log_long, refused
 from worker.engine.transitions import Documents, Receipt, Verdict, Writing, encode, receipt_of
 from worker.engine.turns import Park, Release, Standing, Turn
 from worker.replay.decisions import Block, DoStep
@@ -64,6 +64,8 @@ BUSY_THREAD_SECONDS = 1.0
 """How long a call waits whose abandoned thread still lives in this process."""
 UNWRITABLE_SECONDS = 5.0
 """How long a run waits whose very end is refused: only a person can help, and its step must not be executed again."""
+LONG_HISTORY = 10_000
+"""Each time that a run has taken so many records more, its operator is told: every wake replays all of them."""
 MAX_REPEATS = 20
 REPEAT_SECONDS = 0.05
 
@@ -203,7 +205,10 @@ class Claimed:
         if receipt.verdict is Verdict.FENCED:
             self._lost()
             return None
+        driven = self._standing.driven
         self._standing.applied(writing)
+        if self._standing.driven // LONG_HISTORY > max(0, driven) // LONG_HISTORY and writing.end is None:
+            log_long(self.claim.run_id, self.claim.workflow, self._standing.driven)
         if writing.end is not None:
             metrics.run_seconds(self.claim.workflow).observe(self._standing.seconds())
             log_end(self.claim.run_id, self.claim.workflow, writing.end)

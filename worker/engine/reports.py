@@ -21,6 +21,16 @@ def log_end(run_id: UUID, workflow: str, end: EndRow) -> None:
         logger.log(level, "run %s of %s %s: %s", run_id, workflow, _IS[end.state], kind)
 
 
+def log_long(run_id: UUID, workflow: str, records: int) -> None:
+    """Warn of a history that grows, before it hurts."""
+    logger.warning(
+        "run %s of %s has %d records, and every wake replays them: let it start anew with continue_as(…)",
+        run_id,
+        workflow,
+        records,
+    )
+
+
 _IS = {"failed": "has failed", "blocked": "is blocked"}
 
 
