@@ -310,9 +310,26 @@ as $$
     select case when version = '' then workflow else workflow || '@' || version end
 $$;
 
+-- The version of a workflow that new runs get: the one published last of those that a live worker has. In a rolling
+-- deploy an old worker may start once more after the first new one: nobody would take these runs when it is gone. Null:
+-- nobody has published it.
+create function stepwell.current_version(workflow text) returns text
+    language sql stable security definer
+    set search_path = pg_catalog, stepwell, pg_temp
+as $$
+    select w.version
+    from stepwell.workflows w
+    where w.name = workflow
+    order by case when count(*) over () > 1 then exists (
+                 select from stepwell.workers k
+                 where k.dead_at is null and stepwell.claimed_as(w.name, w.version) = any (k.names)) end desc,
+             w.seen_at desc
+    limit 1
+$$;
+
 -- Enqueue one run for each input, in the caller's transaction; answers in the order of the inputs.
 -- A key that is known already gives the id of its first run and created = false, and its input is
--- ignored. Without a queue or a version it is the one that the workers have published last for the workflow. Keys are
+-- ignored. Without a version it is the current one, without a queue the one that the workers have published. Keys are
 -- inserted in sorted order, so that two callers cannot deadlock; a READ COMMITTED caller never sees an error for a
 -- conflict, stricter levels may see 40001.
 create function stepwell.enqueue_many(
@@ -344,8 +361,8 @@ declare
 begin
     select w.queue, w.version into v_queue, v_version
     from workflows w
-    where w.name = enqueue_many.workflow and (enqueue_many.version is null or w.version = enqueue_many.version)
-    order by w.seen_at desc limit 1;
+    where w.name = enqueue_many.workflow
+      and w.version = coalesce(enqueue_many.version, current_version(enqueue_many.workflow));
     v_queue := coalesce(enqueue_many.queue, v_queue, 'default');
     v_version := coalesce(enqueue_many.version, v_version, '');
     if enqueue_many.workflow is null or octet_length(enqueue_many.workflow) not between 1 and 255 then
@@ -2080,8 +2097,8 @@ do $$
 begin
     if exists (select from pg_roles where rolname = 'stepwell_producer') then
         grant usage on schema stepwell to stepwell_producer;
-        grant execute on function stepwell.enqueue, stepwell.enqueue_many, stepwell.signal, stepwell.cancel
-            to stepwell_producer;
+        grant execute on function stepwell.enqueue, stepwell.enqueue_many, stepwell.signal, stepwell.cancel,
+            stepwell.current_version to stepwell_producer;
         grant select on stepwell.workflows to stepwell_producer;      -- to check a name and an input; no payload
     end if;
     if exists (select from pg_roles where rolname = 'stepwell_viewer') then

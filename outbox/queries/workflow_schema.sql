@@ -1,7 +1,6 @@
--- Purpose: what a workflow takes, as its workers published it last, in one version if it is given; no row if none has.
+-- Purpose: what a workflow takes, as its workers have published it, in a version or the current one; no row if none has.
 -- Index: primary key of workflows (name, version). Locks: none.
 select w.input_schema::text
 from stepwell.workflows w
-where w.name = %(workflow)s::text and (%(version)s::text is null or w.version = %(version)s::text)
-order by w.seen_at desc
-limit 1;
+where w.name = %(workflow)s::text
+  and w.version = coalesce(%(version)s::text, stepwell.current_version(%(workflow)s::text));

@@ -25,7 +25,7 @@ TABLES = (
     "runs", "keys", "tasks", "outbox", "signals", "state", "stream", "workers", "workflows", "counters", "doorbell",
     "migrations",
 )  # fmt: skip
-PRODUCERS_OWN = ("enqueue", "enqueue_many", "signal", "cancel")
+PRODUCERS_OWN = ("enqueue", "enqueue_many", "signal", "cancel", "current_version")
 
 
 class Member:

@@ -20,6 +20,7 @@ from outbox.errors import PayloadError, UnknownWorkflow
 from outbox.invocations import parameters_of
 from outbox.payloads import decoder_of, read
 from outbox.rows import input_of_row
+from worker.cli.mistakes import Mistake
 from worker.cli.schema_types import struct_of
 from worker.queries import load
 
@@ -62,6 +63,8 @@ class Contract:
     name: str
     queue: str | None = None
     rules: Rules | None = None
+    version: str | None = None
+    """None: the current one"""
 
     def checked(self, given: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         """Return an input object that fits. Raises PayloadError naming the field."""
@@ -84,38 +87,61 @@ class Contract:
 
 
 def contract_for(
-    workflow: str, connection: psycopg.Connection[Any], *, app: str | None, allow_unknown: bool
+    workflow: str,
+    connection: psycopg.Connection[Any],
+    *,
+    app: str | None,
+    allow_unknown: bool,
+    version: str | None = None,
 ) -> Contract:
-    """Return what is known of `workflow`. Raises UnknownWorkflow, with close matches, for an unknown one."""
+    """Return what is known of `workflow`, of one version if it is given.
+
+    Raises UnknownWorkflow, with close matches, for an unknown one; Mistake if APP has several versions of it.
+    """
     known = _of_app(app) if app else _published(connection, allow_unknown)
-    if workflow in known:
-        return known[workflow]
+    versions = {each.version or "": each for each in known if each.name == workflow}
+    if version is not None and version in versions:
+        return versions[version]
+    if version is None and versions:
+        if app and len(versions) > 1:
+            listed = ", ".join(repr(each) for each in sorted(versions))
+            raise Mistake(
+                f"{app} defines several versions of {workflow!r}: give one of {listed} by --version"
+            )
+        return next(iter(versions.values()))
     if allow_unknown:
-        return Contract(workflow)
-    raise UnknownWorkflow(_unknown(workflow, sorted(known), app))
+        return Contract(workflow, version=version)
+    if versions:
+        raise UnknownWorkflow(_unknown_version(workflow, version, sorted(versions), app))
+    raise UnknownWorkflow(_unknown(workflow, sorted({each.name for each in known}), app))
 
 
-def _of_app(app: str) -> dict[str, Contract]:
+def _of_app(app: str) -> list[Contract]:
     from worker.apps import load_app
 
-    workflows = load_app(app).workflows
-    return {name: Contract(name, found.queue, found.signature) for name, found in workflows.items()}
+    workflows = load_app(app).workflows.values()
+    return [Contract(found.name, found.queue, found.signature, found.version) for found in workflows]
 
 
-def _published(connection: psycopg.Connection[Any], allow_unknown: bool) -> dict[str, Contract]:
+def _published(connection: psycopg.Connection[Any], allow_unknown: bool) -> list[Contract]:
     try:
         rows = connection.execute(load("cli_workflows")).fetchall()
     except psycopg.errors.InsufficientPrivilege:
         if allow_unknown:
-            return {}
+            return []
         raise UnknownWorkflow(
             "this database role may not read what workflows there are: name the APP that defines it with --app, "
             "or pass --allow-unknown"
         ) from None
-    return {
-        name: Contract(name, queue, Published(decode(schema, dict[str, Any], where=f"schema of {name}")))
-        for name, queue, schema in rows
-    }
+    return [
+        Contract(name, queue, Published(decode(schema, dict[str, Any], where=f"schema of {name}")), version)
+        for name, version, queue, schema in rows
+    ]
+
+
+def _unknown_version(workflow: str, version: str | None, known: list[str], app: str | None) -> str:
+    source = f"{app} defines" if app else "workers have published"
+    return f"there is no version {version!r} of workflow {workflow!r}; {source} {', '.join(map(repr, known))}"
 
 
 def _unknown(workflow: str, known: list[str], app: str | None) -> str:

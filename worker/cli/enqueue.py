@@ -29,6 +29,7 @@ _STDIN = "-"
 @click.argument("input_text", metavar="[JSON]", required=False)
 @click.option("--key", help="A second run of WORKFLOW with this key is not created.")
 @click.option("--queue", help="The queue.  [default: the workflow's own]")
+@click.option("--version", help="The version of WORKFLOW.  [default: the current one]")
 @click.option("--priority", type=click.IntRange(0, 9), default=5, show_default=True, help="0 goes first.")
 @click.option("--delay", callback=duration, metavar="TIME", help="Start so much later: 90, 1.5h.")
 @click.option(
@@ -63,6 +64,7 @@ def enqueue(
     input_text: str | None,
     file: str | None,
     key_field: str | None,
+    version: str | None,
     key: str | None,
     wait: bool,
     timeout: float | None,
@@ -84,8 +86,11 @@ def enqueue(
     source = Source.of(Path(file)) if file else None
     given = None if source else _input_object(input_text, workflow)
     with session(settings) as opened:
-        contract = contract_for(workflow, opened.connection, app=app, allow_unknown=allow_unknown)
+        contract = contract_for(
+            workflow, opened.connection, app=app, allow_unknown=allow_unknown, version=version
+        )
         options["queue"] = options["queue"] or contract.queue
+        options["version"] = contract.version
         if source is not None:
             done = enqueue_rows(
                 source, contract, opened.client, settings, key_field=key_field, options=options

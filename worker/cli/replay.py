@@ -77,7 +77,7 @@ def replay(
 
 
 class _Outcome(msgspec.Struct):
-    """What came of a rehearsal. `left_out` counts the runs of workflows that APP does not define."""
+    """What came of a rehearsal. `left_out` counts the runs of workflows, or versions, that APP does not define."""
 
     replayed: int = 0
     mismatches: list[Mismatch] = []
@@ -89,9 +89,9 @@ def _rehearsed(
 ) -> _Outcome:
     outcome, guard = _Outcome(), Sandbox()
     for run in runs:
-        found = workflows.get(run.workflow)
+        found = workflows.get(run.claimed_as)
         if found is None:
-            outcome.left_out[run.workflow] = outcome.left_out.get(run.workflow, 0) + 1
+            outcome.left_out[run.claimed_as] = outcome.left_out.get(run.claimed_as, 0) + 1
             continue
         outcome.replayed += 1
         mismatch = rehearse(run, found, guard=guard)

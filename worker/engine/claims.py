@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import datetime
@@ -172,8 +173,8 @@ class Claimant:
         await self._run("register", (self.worker_id, supervisor, host, pid, release, queues, names))
 
     async def publish(self, workflows: Iterable[tuple[str, str, str, str]]) -> None:
-        """Publish (name, version, input schema as JSON, queue) of each workflow."""
-        for workflow in sorted(workflows):
+        """Publish (name, version, input schema as JSON, queue) of each workflow, the highest version of each last."""
+        for workflow in sorted(workflows, key=_by_version):
             await self._run("publish_workflow", workflow)
 
     async def unregister(self) -> None:
@@ -284,3 +285,10 @@ def record_of(row: Sequence[Any]) -> Record:
         error=None if error is None else msgspec.json.decode(error),
         fingerprint=fingerprint, at=at, seq=seq, epoch=epoch,
     )  # fmt: skip
+
+
+def _by_version(published: tuple[str, str, str, str]) -> list[Any]:
+    """Sort by name and version: in it, numbers count as numbers."""
+    name, version, *_ = published
+    parts = re.split(r"(\d+)", version)
+    return [name, *(int(part) if i % 2 else part for i, part in enumerate(parts))]

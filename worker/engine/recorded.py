@@ -50,13 +50,16 @@ def _with_histories(
     histories: dict[UUID, list[RecordedCall]] = {row[0]: [] for row in page}
     for run, *record in connection.execute(load("history"), (list(histories),)):
         histories[run].append(RecordedCall.of(record_of(record)))
-    for run, workflow, state, created_at, epoch, labels, given in page:
+    for run, workflow, version, state, created_at, epoch, key_epoch, seed, labels, given in page:
         yield RecordedRun(
             id=run,
             workflow=workflow,
+            version=version,
             state=state,
             created_at=created_at,
             epoch=epoch,
+            key_epoch=key_epoch,
+            seed=seed,
             labels={} if labels is None else decode(labels, dict[str, str], where=f"the labels of run {run}"),
             input=msgspec.Raw(given.encode()),
             history=histories[run],

@@ -3,7 +3,7 @@
 -- Index: primary key of runs · for those that have not ended tasks_identity (an open run has a task) and
 --   outbox_unhappy_ends (a blocked one has a record that says so).
 -- Locks: none.
-select r.id, r.workflow, r.state, r.created_at, r.epoch, r.labels::text, r.input::text
+select r.id, r.workflow, r.version, r.state, r.created_at, r.epoch, r.key_epoch, r.seed, r.labels::text, r.input::text
 from (
     (select r.id
      from stepwell.runs r
@@ -23,7 +23,8 @@ from (
      from stepwell.tasks t
      where %(ids)s::uuid[] is null and %(first)s::uuid is null
        and t.kind = 'run' and t.run_id > %(after)s::uuid
-       and (%(workflow)s::text is null or t.name = %(workflow)s::text)
+       and (%(workflow)s::text is null or t.name = %(workflow)s::text
+            or starts_with(t.name, %(workflow)s::text || '@'))
      order by t.run_id
      limit %(limit)s::int)
     union all

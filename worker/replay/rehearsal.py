@@ -62,12 +62,20 @@ class RecordedRun(msgspec.Struct, frozen=True, kw_only=True):
 
     id: UUID
     workflow: str
+    version: str = ""
     state: str
     created_at: datetime
     epoch: int = 0
+    key_epoch: int = 0
+    seed: UUID | None = None
     labels: dict[str, str] = {}
     input: msgspec.Raw
     history: Sequence[RecordedCall]
+
+    @property
+    def claimed_as(self) -> str:
+        """What a worker has to know to take the run: its workflow, and behind an @ its version if it has one."""
+        return f"{self.workflow}@{self.version}" if self.version else self.workflow
 
 
 class Mismatch(msgspec.Struct, frozen=True):
@@ -84,7 +92,9 @@ class Mismatch(msgspec.Struct, frozen=True):
 
 def rehearse(run: RecordedRun, workflow: Workflow[..., Any], *, guard: Guard = UNGUARDED) -> Mismatch | None:
     """Drive `workflow` through the history of `run`; return why that would block it, None if it would not."""
-    facts = RunFacts(run.id, run.workflow, run.created_at, run.id, run.epoch, run.labels)
+    facts = RunFacts(
+        run.id, run.workflow, run.created_at, run.seed or run.id, run.epoch, run.labels, run.key_epoch
+    )
     try:
         history = visible(call.to_record() for call in run.history)
     except HistoryMismatch as error:

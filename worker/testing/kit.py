@@ -368,8 +368,8 @@ class StepwellTest:
         workflows, guard = self._known().workflows, Sandbox()
         found = []
         for run in from_database(self._own, ids=ids, since=None if ids else EVER_SECONDS):
-            if run.workflow in workflows:
-                mismatch = rehearse(run, _strict(workflows[run.workflow]), guard=guard)
+            if run.claimed_as in workflows:
+                mismatch = rehearse(run, _strict(workflows[run.claimed_as]), guard=guard)
                 found += [mismatch] if mismatch else []
         return found
 
