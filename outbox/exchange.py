@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 from outbox.codec import decode, encode
-from outbox.errors import ConfigError, PayloadError, ResultTimeout, RunNotFound
+from outbox.errors import ConfigError, ResultTimeout, RunNotFound
 from outbox.outcomes import pauses
 from outbox.queries import load
 from outbox.statements import Duration, Rows, Statement, exchanged_name, seconds_of
@@ -140,11 +140,11 @@ def progress(run: UUID) -> Statement[Progress | None]:
 
 
 def progress_of(value: Any) -> Progress | None:
-    """Return the progress in a state's value, None if it holds none."""
-    try:
-        return decode(encode(value, where=PROGRESS), Progress, where=PROGRESS) if value else None
-    except PayloadError:
-        return None  # set_state("progress", …) may have put anything there
+    """Return the progress in a state's value, None if it holds none: set_state may have put anything there."""
+    if not isinstance(value, dict) or not _is_figure(value.get("done")):
+        return None
+    total = value.get("total")
+    return Progress(value["done"], total) if total is None or _is_figure(total) else None
 
 
 def emitted(run: UUID, name: str | None, after: int) -> Statement[Page]:
@@ -180,6 +180,10 @@ def _state(run: UUID, key: str | None) -> Statement[dict[str, Any]]:
         }
 
     return Statement(load("run_state"), {"run": run, "key": key}, read)
+
+
+def _is_figure(value: object) -> bool:
+    return type(value) in (int, float)
 
 
 def _unknown(run: UUID) -> RunNotFound:

@@ -54,6 +54,8 @@ class RunInfo:
     """the run that has called it"""
     progress: Progress | None = None
     """how far it is, if its body says so"""
+    key: str | None = None
+    """by which it was enqueued; of a child it is made from its parent's"""
 
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` shows."""
@@ -165,7 +167,7 @@ def not_found(run: UUID) -> RunNotFound:
 def _run_info(row: Sequence[Any]) -> RunInfo:
     (run, workflow, status, queue, priority, labels, epoch, created_at, started_at, finished_at, deadline_at,
      given, output, error, attempt, doing, due_at, task_state, claimed_by, interruptions, version, parent,
-     progress) = row  # fmt: skip
+     progress, key) = row  # fmt: skip
     return RunInfo(
         id=UUID(run),
         workflow=workflow,
@@ -190,6 +192,7 @@ def _run_info(row: Sequence[Any]) -> RunInfo:
         version=version,
         parent=None if parent is None else UUID(parent),
         progress=progress_of(_json(progress, run)),
+        key=key,
     )
 
 

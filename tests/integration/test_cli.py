@@ -427,7 +427,7 @@ def test_runs_are_listed_shown_and_cancelled(stepwell: Run, db: Db) -> None:
     for part in (run, "welcome", "pending", "key k-1", "a=b", "not running", "no live worker"):
         assert part in shown.stdout
     details = json.loads(stepwell("runs", "show", run[:13], "--json").stdout)
-    assert set(details) == {"run", "history", "tasks", "why"}
+    assert set(details) == {"run", "history", "tasks", "children", "state", "why"}
     assert details["run"]["status"] == "pending"
     assert details["tasks"][0]["state"] == "ready"
     assert "no live worker" in details["why"]
@@ -478,6 +478,130 @@ def test_colours_are_for_terminals_and_no_color_is_heard(
     assert b"\x1b[36mpending" in coloured
     assert b"\x1b[36mpending" not in plain
     assert b"pending" in plain
+
+
+# -- what is exchanged with a run ----------------------------------------------------------------------
+
+
+SIGNALS = [
+    ((), None),
+    (("17",), 17),
+    (('{"by": "Ada", "n": [1, null]}',), {"by": "Ada", "n": [1, None]}),
+    (('"a text"',), "a text"),
+    (("plain text", "--text"), "plain text"),
+    (("17", "--text"), "17"),
+    (("--", "-17"), -17),
+    (("-",), {"from": "stdin"}),
+]
+
+
+@pytest.mark.usefixtures("published")
+def test_a_signal_is_sent_with_json_or_a_text(stepwell: Run, db: Db) -> None:
+    run = stepwell("enqueue", "welcome", LEAD).stdout.strip()
+    for arguments, _ in SIGNALS:
+        result = stepwell("signal", run[:23], "approved", *arguments, input='{"from": "stdin"}')
+        assert (result.exit_code, result.stdout) == (0, f"{run} was sent 'approved'\n"), result.stderr
+    rows = db.execute("select payload::text from stepwell.signals order by id").fetchall()
+    assert [json.loads(text) for (text,) in rows] == [payload for _, payload in SIGNALS]
+    assert json.loads(stepwell("signal", run, "s", "--json").stdout) == {"id": run, "sent": True}
+
+
+@pytest.mark.usefixtures("published")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["approved", "yes"], "the payload of signal 'approved' is not valid JSON: expecting value at line 1, column 1; with --text"),
+        (["approved", "{"], "column 2"),
+        (["approved", "NaN"], "NaN is no JSON number"),
+        (["stepwell:child:1"], "Stepwell's own"),
+        (["x" * 300], "1 to 255 bytes"),
+        (["approved", '"%s"' % ("x" * 1_100_000)], "1,048,576"),
+    ],
+)  # fmt: skip
+def test_a_signal_that_cannot_be_is_one_sentence(
+    stepwell: Run, db: Db, arguments: list[str], said: str
+) -> None:
+    run = stepwell("enqueue", "welcome", LEAD).stdout.strip()
+    result = stepwell("signal", run, *arguments)
+    assert result.exit_code == 2
+    assert said in one(result)
+    assert db.execute("select count(*) from stepwell.signals").fetchone() == (0,)
+
+
+@pytest.mark.usefixtures("published")
+def test_a_signal_to_a_run_that_has_ended_fails(stepwell: Run, db: Db) -> None:
+    run = stepwell("enqueue", "welcome", LEAD).stdout.strip()
+    db.execute("update stepwell.runs set state = 'succeeded', finished_at = now()")
+    result = stepwell("signal", run, "approved")
+    assert result.exit_code == 1
+    assert f"run {run} has ended already" in one(result)
+    assert stepwell("signal", "01890a5d-ac96", "approved").exit_code == 2
+
+
+@pytest.mark.usefixtures("published")
+def test_state_and_progress_are_shown(stepwell: Run, db: Db) -> None:
+    run = stepwell("enqueue", "welcome", LEAD).stdout.strip()
+    empty = stepwell("runs", "state", run)
+    assert (empty.exit_code, empty.stdout, empty.stderr) == (0, "", "it shows nothing of itself\n")
+    long = "x" * 500
+    db.execute(
+        "insert into stepwell.state values (%s, 'progress', '{\"done\":3,\"total\":12}'), (%s, 'note', %s)",
+        [run, run, json.dumps(long)],
+    )
+    shown = stepwell("runs", "state", run[:23]).stdout
+    assert "3 of 12 (25%)" in shown
+    assert long in shown
+    assert json.loads(stepwell("runs", "state", run, "--json").stdout) == {
+        "note": long, "progress": {"done": 3, "total": 12}
+    }  # fmt: skip
+    assert "3 of 12" in stepwell("runs", "list").stdout
+    assert "3 of 12 (25%)" in stepwell("runs", "show", run).stdout
+    details = json.loads(stepwell("runs", "show", run, "--json").stdout)
+    assert (details["run"]["progress"], details["state"]["note"]) == ({"done": 3, "total": 12}, long)
+
+
+@pytest.mark.usefixtures("published")
+def test_a_stream_is_printed_and_followed_to_its_end(
+    stepwell: Run, db: Db, database_url: str, tmp_path: Path
+) -> None:
+    run = stepwell("enqueue", "welcome", LEAD).stdout.strip()
+    insert = (
+        "insert into stepwell.stream (run_id, epoch, n, name, value) values (%s, 0, %s, %s, to_json(%s::int))"
+    )
+    for n, name in enumerate(("log", "log", "other"), 1):
+        db.execute(insert, [run, n, name, n])
+    printed = stepwell("runs", "stream", run[:23]).stdout.splitlines()
+    assert [line.split()[-2:] for line in printed] == [["log", "1"], ["log", "2"], ["other", "3"]]
+    told = [json.loads(line) for line in stepwell("runs", "stream", run, "log", "--json").stdout.splitlines()]
+    assert [(item["position"], item["n"], item["name"], item["value"]) for item in told] == [
+        (1, 1, "log", 1), (2, 2, "log", 2)
+    ]  # fmt: skip
+    assert stepwell("runs", "stream", run, "log", "--after", "2").stdout == ""
+
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "stepwell", "runs", "stream", run, "--follow", "--json"],
+        env=environment(database_url), cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+    ) as following:  # fmt: skip
+        assert following.stdout is not None
+        assert [json.loads(following.stdout.readline())["value"] for _ in range(3)] == [1, 2, 3]
+        db.execute(insert, [run, 4, "log", 4])
+        assert json.loads(following.stdout.readline())["value"] == 4
+        db.execute("update stepwell.runs set state = 'succeeded', finished_at = now()")
+        assert following.wait(20) == 0
+
+
+@pytest.mark.usefixtures("published")
+def test_children_are_shown_with_their_parent(stepwell: Run, db: Db) -> None:
+    parent, child = (stepwell("enqueue", "welcome", LEAD).stdout.strip() for _ in range(2))
+    db.execute(
+        "update stepwell.runs set parent_id = %s, parent_path = '{2,1,1}' where id = %s", [parent, child]
+    )
+    shown = stepwell("runs", "show", parent).stdout
+    assert f"run {child}" in shown
+    assert "child welcome" in shown
+    assert f"child of {parent}" in stepwell("runs", "show", child).stdout
+    details = json.loads(stepwell("runs", "show", parent, "--json").stdout)
+    assert details["children"] == [{"id": child, "workflow": "welcome", "status": "pending", "path": "2.1.1"}]
 
 
 # -- migrate -------------------------------------------------------------------------------------------

@@ -98,14 +98,14 @@ async def test_a_run_whose_steps_wait_for_workers_of_another_queue_says_so(
         keep_alive(db, engine.id)
         run = await client.enqueue(spread)
         await gate.reached()
-        assert await why(lab, client, run.id) == f"waiting for 3 steps (call 1); 1 being executed; {stuck}"
+        assert await why(lab, client, run.id) == f"waiting for 3 steps; 1 being executed; {stuck}"
         assert (await client.get(run.id)).status == "running"
         assert [info.id for info in await client.list(status="running")] == [run.id]
         assert await client.list(status="waiting") == []
         gate.open()
 
         async def one_is_done() -> bool:
-            return await client.why(run.id) == f"waiting for 2 steps (call 1); {stuck}"
+            return await client.why(run.id) == f"waiting for 2 steps; {stuck}"
 
         await wait_until_async(one_is_done)
         assert [info.id for info in await client.list(status="waiting")] == [run.id]
@@ -139,11 +139,11 @@ async def test_a_run_that_waits_for_children_names_them(lab: Lab, client: AsyncC
         keep_alive(db, engine.id)
         run = await client.enqueue(one)
         said = await why(lab, client, run.id)
-        assert said == f"waiting for child run {children(run.id)[0]} (call 1)"
+        assert said == f"waiting for child run {children(run.id)[0]}"
         assert (await client.get(children(run.id)[0])).parent == run.id
         run = await client.enqueue(three)
         said = await why(lab, client, run.id)
-        assert said == f"waiting for 3 child runs ({children(run.id)[0]} the first of them) (call 1)"
+        assert said == f"waiting for 3 child runs ({children(run.id)[0]} the first of them)"
 
 
 async def test_a_run_of_a_version_that_nobody_has_says_which(lab: Lab, client: AsyncClient, db: Db) -> None:

@@ -10,9 +10,12 @@ from uuid import UUID
 import pytest
 from rich.console import Console, RenderableType
 
-from outbox import faults
+from outbox import Progress, faults
 from outbox.history import HistoryRecord, RunInfo, TaskInfo
-from worker.cli.rendering import console, run_table, run_view
+from worker.cli.rendering import console
+from worker.cli.run_details import Details
+from worker.cli.run_list import run_table
+from worker.cli.run_view import run_view
 from worker.replay import driver as replay
 
 START = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
@@ -50,6 +53,12 @@ def task(**changes: Any) -> TaskInfo:
     return TaskInfo(**{**settled, **changes})
 
 
+def view_of(
+    info: RunInfo, history: list[HistoryRecord], tasks: list[TaskInfo], **more: Any
+) -> RenderableType:
+    return run_view(Details(info, history, tasks, **more))
+
+
 def drawn(view: RenderableType, width: int = 120) -> str:
     out = io.StringIO()
     Console(file=out, width=width).print(view)
@@ -71,7 +80,7 @@ def test_a_finished_run_shows_steps_executions_durations_and_output() -> None:
         record(3, (2, 1), "save", 2.75, value=7),
         record(4, (), "welcome_lead", 3, kind="run", outcome="succeeded", value=7),
     ]
-    text = drawn(run_view(run_info(labels={"source": "web"}), history, [], key="20419", why=None))
+    text = drawn(view_of(run_info(labels={"source": "web"}, key="20419"), history, [], why=None))
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert lines[0] == f"welcome_lead {RUN} succeeded"
     assert "key 20419" in text
@@ -88,7 +97,7 @@ def test_an_open_run_shows_what_it_is_at_and_why_it_is_not_running() -> None:
     info = run_info(status="waiting", finished_at=None, output=None)
     waiting = task(state="waiting", claimed_by=None, due_at=after(60), interruptions=2)
     history = [record(1, (2,), "save", 1, n=1, outcome="interrupted")]
-    text = drawn(run_view(info, history, [waiting], key=None, why="it waits for its next try"))
+    text = drawn(view_of(info, history, [waiting], why="it waits for its next try"))
     assert "interrupted 2×" in text
     assert "until 2026-11-22" in text
     assert "not running  it waits for its next try" in text
@@ -101,7 +110,7 @@ def test_a_failed_run_shows_its_error_with_the_trace() -> None:
         "message": "no [bold]markup[/]",
         "trace": "Traceback\n  File x\nValueError",
     }
-    text = drawn(run_view(run_info(status="failed", output=None, error=error), [], [], key=None, why=None))
+    text = drawn(view_of(run_info(status="failed", output=None, error=error), [], [], why=None))
     assert "ValueError: no [bold]markup[/]" in text
     assert "  File x" in text
 
@@ -115,9 +124,7 @@ def trace_of(*files: str) -> str:
 
 def failed_view(run_trace: str, *history: HistoryRecord) -> str:
     error = {"type": "ValueError", "message": "no", "trace": run_trace}
-    return drawn(
-        run_view(run_info(status="failed", output=None, error=error), history, [], key=None, why=None)
-    )
+    return drawn(view_of(run_info(status="failed", output=None, error=error), history, [], why=None))
 
 
 def test_a_run_that_a_step_ended_shows_the_trace_of_the_step() -> None:
@@ -159,7 +166,7 @@ def test_a_trace_leaves_out_our_own_frames() -> None:
 def test_without_records_only_an_untouched_run_has_nothing_behind_it(
     changes: dict[str, Any], said: str
 ) -> None:
-    text = drawn(run_view(run_info(**changes), [], [], key=None, why=None))
+    text = drawn(view_of(run_info(**changes), [], [], why=None))
     assert [
         line for line in text.splitlines() if line in ("nothing has happened yet", "no step is recorded")
     ] == [said]
@@ -167,7 +174,7 @@ def test_without_records_only_an_untouched_run_has_nothing_behind_it(
 
 def test_a_blocked_run_says_its_error_once() -> None:
     info = run_info(status="blocked", output=None, error={"type": "E", "message": "it is so"})
-    text = drawn(run_view(info, [], [], key=None, why="blocked: E: it is so; after the fix, …"), width=200)
+    text = drawn(view_of(info, [], [], why="blocked: E: it is so; after the fix, …"), width=200)
     assert text.count("it is so") == 1
     assert f"not running  blocked; after the fix, `stepwell runs retry {RUN}` resumes it" in text
 
@@ -178,7 +185,7 @@ def test_a_retry_is_shown_between_the_epochs() -> None:
         record(2, (), "w", 2, kind="epoch", n=1, outcome="retry", epoch=1),
         record(3, (), "w", 3, kind="run", outcome="succeeded", epoch=1),
     ]
-    lines = drawn(run_view(run_info(epoch=1), history, [], key=None, why=None)).splitlines()
+    lines = drawn(view_of(run_info(epoch=1), history, [], why=None)).splitlines()
     assert any("(end)" in line and "failed" in line for line in lines)
     assert any("(retry)" in line and "what failed is tried anew" in line for line in lines)
     assert "retried 1×" in lines[1]
@@ -188,20 +195,23 @@ def test_a_retry_is_shown_between_the_epochs() -> None:
 def test_control_characters_of_values_are_spelled_out(poison: str) -> None:
     history = [record(1, (1,), f"s{poison}", 1, value=f"v{poison}")]
     info = run_info(
-        labels={"a": poison}, error={"type": "E", "message": poison, "trace": poison}, status="failed"
+        labels={"a": poison},
+        key=poison,
+        error={"type": "E", "message": poison, "trace": poison},
+        status="failed",
     )
-    text = drawn(run_view(info, history, [], key=poison, why=poison)) + drawn(run_table([info]))
+    text = drawn(view_of(info, history, [], why=poison)) + drawn(run_table([info]))
     assert poison not in text
 
 
 def test_names_in_joined_scripts_stay_as_they_are() -> None:
     name = "نرگس محمدی‌پور"
-    assert name in drawn(run_view(run_info(input={"lead": name}), [], [], key=None, why=None))
+    assert name in drawn(view_of(run_info(input={"lead": name}), [], [], why=None))
 
 
 def test_long_values_are_shortened() -> None:
     history = [record(1, (1,), "s", 1, value="x" * 10_000)]
-    text = drawn(run_view(run_info(input={"a": "y" * 10_000}), history, [], key=None, why=None))
+    text = drawn(view_of(run_info(input={"a": "y" * 10_000}), history, [], why=None))
     assert len(text) < 2_000
     assert "…" in text
 
@@ -247,6 +257,15 @@ def test_a_narrow_list_of_runs_leaves_out_error_then_queue_then_created() -> Non
     assert "ValueError" not in listed(110)[2]
     assert "ValueErr" in listed(150)[2]
     assert all(str(RUN) in listed(width)[1] for width in range(80, 240))
+
+
+def test_a_list_shows_the_progress_of_open_runs() -> None:
+    open_run = run_info(status="running", finished_at=None, progress=Progress(300, 1200), labels={"a": "b"})
+    lines = run_table(
+        [open_run, run_info(progress=Progress(1, 1)), run_info(progress=None)]
+    ).plain.splitlines()
+    assert lines[1].endswith("300 of 1,200  a=b")
+    assert not lines[2].endswith("1 of 1")
 
 
 def test_a_list_of_runs_without_a_width_shows_everything_on_one_line_each() -> None:

@@ -1,8 +1,7 @@
-"""`stepwell runs`: list, show, cancel, retry, export."""
+"""`stepwell runs`: list, show, cancel, retry, export; state and stream are in `worker.cli.exchanging`."""
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,22 +9,21 @@ from typing import Any
 from uuid import UUID
 
 import click
-import psycopg
 
-from outbox.errors import RunConflict, RunNotFound
-from outbox.history import MAX_LIST, STATUSES, RunInfo
+from outbox.errors import RunConflict
+from outbox.history import MAX_LIST, STATUSES
 from outbox.settings import Settings
 from worker.cli.connecting import Session, session
+from worker.cli.exchanging import follow_stream, show_state
 from worker.cli.mistakes import FAILED, Mistake, one_line
 from worker.cli.options import database_option, duration, json_option
 from worker.cli.recorded import line_of, to_file
-from worker.cli.rendering import console, print_json, run_table, run_view
+from worker.cli.rendering import console, print_json
+from worker.cli.run_details import details_of
+from worker.cli.run_ids import resolved
+from worker.cli.run_list import run_table
+from worker.cli.run_view import run_view
 from worker.engine.recorded import from_database
-from worker.queries import load
-
-_SHORTEST_PREFIX = 4
-_SHOWN_MATCHES = 5
-_KEY_LOOKUP_TIMEOUT = "1s"
 
 
 @click.group()
@@ -61,25 +59,17 @@ def list_runs(
 @json_option
 @database_option
 def show_run(settings: Settings, run: str, as_json: bool) -> None:
-    """Draw a run: its steps, their executions and errors, what it waits for, and why it is not running."""
+    """Draw a run: its calls, their executions and errors, what it shows, what it waits for, and why it is not running."""
     with session(settings) as opened:
-        found = _resolved(opened, run)
-        info = opened.client.get(found)
-        history = opened.client.history(found)
-        tasks = opened.client.tasks(found)
-        why = opened.client.why(found)
-        key = None if as_json else _key_of(opened.connection, info)
+        details = details_of(opened, resolved(opened, run))
     if as_json:
-        print_json(
-            {
-                "run": info.to_json(),
-                "history": [record.to_json() for record in history],
-                "tasks": [task.to_json() for task in tasks],
-                "why": why,
-            }
-        )
+        print_json(details.to_json())
     else:
-        console().print(run_view(info, history, tasks, key=key, why=why))
+        console().print(run_view(details))
+
+
+runs.add_command(show_state)
+runs.add_command(follow_stream)
 
 
 @runs.command("cancel")
@@ -135,7 +125,7 @@ def export_runs(
     if run and workflow is not None:
         raise Mistake("--workflow chooses among many runs: leave it out where the runs are given")
     with session(settings) as opened:
-        ids = [_resolved(opened, text) for text in run] or None
+        ids = [resolved(opened, text) for text in run] or None
         found = from_database(opened.connection, ids=ids, since=since, workflow=workflow)
         if output is not None:
             click.echo(f"{to_file(found, output):,} runs exported to {output}", err=True)
@@ -155,7 +145,7 @@ def _each(
     results: list[dict[str, Any]] = []
     failed = False
     with session(settings) as opened:
-        for found in [_resolved(opened, text) for text in dict.fromkeys(given)]:
+        for found in [resolved(opened, text) for text in dict.fromkeys(given)]:
             try:
                 results.append({"id": str(found), **act(opened, found), "error": None})
                 if not as_json:
@@ -169,37 +159,3 @@ def _each(
         print_json(results)
     if failed:
         sys.exit(FAILED)
-
-
-def _resolved(opened: Session, text: str) -> UUID:
-    """Return the id of the one run that begins with `text`. Raises RunNotFound, Mistake if there are several."""
-    digits = text.strip().lower().replace("-", "")
-    if not re.fullmatch(r"[0-9a-f]{1,32}", digits):
-        raise RunNotFound(f"{text!r} is not the id of a run, nor the beginning of one")
-    if len(digits) < _SHORTEST_PREFIX:
-        raise Mistake(f"{text!r} is too short: give at least {_SHORTEST_PREFIX} characters of the run's id")
-    bounds = {"lowest": UUID(digits.ljust(32, "0")), "highest": UUID(digits.ljust(32, "f"))}
-    rows = opened.connection.execute(
-        load("cli_runs_between"), {**bounds, "limit": _SHOWN_MATCHES + 1}
-    ).fetchall()
-    if not rows:
-        raise RunNotFound(f"there is no run {text}" + ("" if len(digits) == 32 else "…"))
-    if len(rows) > 1:
-        shown = ", ".join(row[0] for row in rows[:_SHOWN_MATCHES]) + (
-            ", …" if len(rows) > _SHOWN_MATCHES else ""
-        )
-        raise Mistake(f"{text} is the beginning of more than one run: {shown}")
-    return UUID(rows[0][0])
-
-
-def _key_of(connection: psycopg.Connection[Any], run: RunInfo) -> str | None:
-    """Return the key of a run; None also if finding it takes too long, for it is found by reading all keys."""
-    try:
-        with connection.transaction():
-            connection.execute("select set_config('statement_timeout', %s, true)", [_KEY_LOOKUP_TIMEOUT])
-            row = connection.execute(
-                load("cli_key_of_run"), {"workflow": run.workflow, "run": run.id}
-            ).fetchone()
-    except (psycopg.errors.QueryCanceled, psycopg.errors.InsufficientPrivilege):
-        return None
-    return row[0] if row else None
