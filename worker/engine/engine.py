@@ -105,8 +105,8 @@ class Engine:
         self._alone = False
         self._suspected_at: float | None = None
         self._patience_seconds = PATIENCE_SECONDS
-        self._turns = 0
-        self._rotation = 0
+        self._turns = self._rotation = 0
+        self._listening_until = 0.0
         self._claimant = Claimant(self._connect, worker_id)
         self._committer = Committer(
             self._connect, worker_id, max_rows=_flush_rows(settings), max_bytes=settings.flush_max_bytes
@@ -258,6 +258,8 @@ class Engine:
             queue = self._queues[(self._rotation + turn) % len(self._queues)]
             free = self._settings.concurrency - len(self._flying)
             claims = await self._claimant.claim(queue, self._names, max(0, free))
+            if claims:
+                self._listening_until = 0.0  # a claim that found something takes the lease back
             await self._start(claims)
             claimed += len(claims)
             self._backlog = 0 < free <= len(claims)
@@ -271,7 +273,9 @@ class Engine:
         """Wait for a slot, a ring or the next poll; with free slots, ask producers to ring."""
         if len(self._flying) >= self._settings.concurrency:
             # Wakes and timers are applied without a slot.
-            await self._claimant.idle([ANY_QUEUE], self._settings.doorbell_seconds)
+            if time.monotonic() >= self._listening_until:
+                self._listening_until = time.monotonic() + self._settings.doorbell_seconds / 2
+                await self._claimant.idle([ANY_QUEUE], self._settings.doorbell_seconds)
             await self._wait(CANCEL_SECONDS)
             return
         await self._claimant.idle(self._queues, self._settings.doorbell_seconds)
