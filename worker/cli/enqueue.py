@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -16,12 +15,11 @@ from outbox.settings import Settings
 from worker.cli.bulk import Summary, enqueue_rows
 from worker.cli.connecting import Session, session
 from worker.cli.contracts import contract_for
+from worker.cli.json_text import read_json
 from worker.cli.mistakes import FAILED, Mistake, one_line
 from worker.cli.options import database_option, duration, json_option, labels, moment
 from worker.cli.rendering import print_json
 from worker.cli.row_files import Source
-
-_STDIN = "-"
 
 
 @click.command()
@@ -131,25 +129,12 @@ def _input_object(text: str | None, workflow: str) -> Mapping[str, Any]:
     if text is None:
         return {}
     where = f"input of workflow {workflow!r}"
-    try:
-        content = sys.stdin.buffer.read().decode() if text == _STDIN else text
-        given = json.loads(content, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        said = f"{error.msg[:1].lower()}{error.msg[1:]}"
-        raise Mistake(
-            f"{where} is not valid JSON: {said} at line {error.lineno}, column {error.colno}"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise Mistake(f"{where} is not valid JSON: {one_line(error)}") from None
+    given = read_json(text, where)
     if not isinstance(given, dict):
         raise Mistake(
             f'{where} must be an object, parameter name to value, as {{"lead": …}}, got {_kind(given)}'
         )
     return given
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _kind(value: Any) -> str:
