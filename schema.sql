@@ -1047,6 +1047,16 @@ begin
 end
 $$;
 
+-- Whether the cancellation of a run, or that its deadline has passed, is recorded.
+create function stepwell.noted_cancelled(run uuid, in_epoch int) returns boolean
+    language sql stable
+    set search_path = pg_catalog, stepwell, pg_temp
+    set enable_seqscan = off set enable_bitmapscan = off
+as $$
+    select exists (
+        select from stepwell.outbox o where o.run_id = run and o.epoch = in_epoch and o.path = '{}' and o.n = 2)
+$$;
+
 -- Claim up to at_most ready tasks of one queue, and the wakes and timers that are due, for a worker that is alive.
 --
 -- I3: the worker's own row is locked first; no row, no claim: a dead worker's statement that still sits
@@ -1120,7 +1130,9 @@ begin
                extract(epoch from t.due_at - clock_timestamp())::float8,
                case when t.attempt = 1 or t.due_at is not null
                     then extract(epoch from clock_timestamp() - coalesce(t.due_at, r.created_at))::float8 end,
-               extract(epoch from r.deadline_at - clock_timestamp())::float8,
+               -- What cleans up after a cancellation, or after the deadline itself, has none any more.
+               case when r.deadline_at is null or t.kind <> 'run' and noted_cancelled(r.id, r.epoch) then null
+                    else extract(epoch from r.deadline_at - clock_timestamp())::float8 end,
                extract(epoch from clock_timestamp() - t.started_at)::float8, clock_timestamp(),
                coalesce(r.epoch, (t.args ->> 'epoch')::int), r.created_at, r.version, r.labels::text,
                case when t.kind = 'run' then r.input::text end,
@@ -1273,7 +1285,8 @@ begin
         pending = case when x.then = 'continue' then 0 else t.pending end,
         doing = case when x.then = 'release' then t.doing else x.doing end,
         awaits = case when x.then = 'release' then t.awaits else x.awaits end,
-        signals = t.signals - coalesce(x.took, 0),
+        signals = case when x.then = 'continue' then (select count(*) from signals s where s.run_id = t.run_id)
+                       else t.signals - coalesce(x.took, 0) end,
         cancelling = t.cancelling and x.cancelled is null,
         interrupted = t.interrupted and x.then = 'release',
         interruptions = case when x.then = 'release' or x.doing is not distinct from t.doing
@@ -1428,7 +1441,7 @@ begin
     from json_to_recordset(extras -> 'stopping') as d (i int, epoch int, reason json)
     join unnest(items) x on x.i = d.i where verdicts[x.i] % 4 = 1;
 
-    perform continue_v1(x.task, d.input)
+    perform continue_v1(x.task, x.records, d.input)
     from json_to_recordset(extras -> 'continued') as d (i int, input json)
     join unnest(items) x on x.i = d.i where verdicts[x.i] % 4 = 1;
 end
@@ -1471,6 +1484,7 @@ begin
         select r.* from runs r
         where r.parent_id = of_run and r.parent_path is not null and r.parent_path >= at_path
           and r.parent_path < beyond(at_path)
+        order by r.id for update                               -- one that is just ending will be counted down by its wake
     loop
         update runs r set parent_path = null where r.id = child.id;
         if child.counted and child.state in ('open', 'blocked') then
@@ -1484,7 +1498,7 @@ end
 $$;
 
 -- Part of spread_v1: begin a new epoch of a run with another input, and without the history before it.
-create function stepwell.continue_v1(of_task bigint, input json) returns void
+create function stepwell.continue_v1(of_task bigint, recorded int, input json) returns void
     language plpgsql
     set search_path = pg_catalog, stepwell, pg_temp
     set plan_cache_mode = force_generic_plan
@@ -1499,9 +1513,11 @@ begin
     set epoch = epoch + 1, base_epoch = epoch + 1, key_epoch = epoch + 1, input = continue_v1.input, seed = new_id()
     where id = t.run_id returning * into r;
     insert into outbox (run_id, epoch, path, n, seq, kind, name, outcome, value)
-    values (r.id, r.epoch, '{}', 1, t.seq + 1, 'epoch', r.workflow, 'continue', r.input);
+    values (r.id, r.epoch, '{}', 1, t.seq + recorded + 1, 'epoch', r.workflow, 'continue', r.input);
     delete from tasks c where c.run_id = r.id and c.kind not in ('wake', 'deliver') and c.path > '{}';
+    -- After this, whatever ends has nobody to tell; what has ended is not the result of a call to come.
     update runs c set parent_path = null where c.parent_id = r.id and c.parent_path is not null;
+    delete from signals s where s.run_id = r.id and s.name like 'stepwell:child:%';
 end
 $$;
 
@@ -1588,7 +1604,8 @@ begin
         values (r.parent_id, as_signal,
                 json_build_object('run', r.id, 'state', r.state, 'output', r.output, 'error', r.error));
         perform wake(r.parent_id, 'signal', json_build_object(
-            'name', as_signal, 'counted', r.counted, 'failed', r.state <> 'succeeded'));
+            'name', as_signal, 'counted', r.counted, 'failed', r.state <> 'succeeded',
+            'parent_epoch', (select p.epoch from runs p where p.id = r.parent_id)));
     end loop;
 end
 $$;
@@ -1772,12 +1789,13 @@ declare
 begin
     perform tell_v1(applied);
 
-    -- A cancellation in a later epoch was not meant.
+    -- One in a later epoch was not meant, and a second one changes nothing: what cleans up is not cut short.
     select array_agg(x.run_id) into meant
     from unnest(items) x
     join tasks w on w.id = any (applied) and w.id = x.task and w.name = 'cancel'
     join runs r on r.id = x.run_id and r.epoch = x.epoch
-    where r.id = any (array(select w.run_id from unnest(items) w where w.then = 'wake'));
+    where r.id = any (array(select w.run_id from unnest(items) w where w.then = 'wake'))
+      and not noted_cancelled(r.id, r.epoch);
     if meant is not null then
         perform cancel_v1(me, meant);
     end if;
@@ -1793,6 +1811,19 @@ begin
 
     delete from tasks t where t.id = any (applied);
 end
+$$;
+
+-- Whether something is there of what a run waits for. All that is there counts, not only what its wakes have told of:
+-- these may be applied in another order than the run takes it.
+create function stepwell.has_mail(run uuid, awaits text[]) returns boolean
+    language sql stable
+    set search_path = pg_catalog, stepwell, pg_temp
+    set enable_seqscan = off set enable_bitmapscan = off
+as $$
+    select exists (
+        select from stepwell.signals s
+        where s.run_id = run
+          and (s.name = any (awaits) or 'stepwell:child' = any (awaits) and s.name like 'stepwell:child:%'))
 $$;
 
 -- Part of wake_v1: runs are told of their signals, and of what has become of their children. A claimant that is
@@ -1814,8 +1845,7 @@ begin
         return;
     end if;
     with news as (
-        select w.run_id, count(*)::int as count, array_agg(case when w.args ->> 'name' like 'stepwell:child:%' then 'stepwell:child'
-                              else w.args ->> 'name' end) as names,
+        select w.run_id, count(*)::int as count,
                (count(*) filter (where (w.args ->> 'counted')::boolean))::int as counted,
                coalesce(bool_or((w.args ->> 'counted')::boolean and (w.args ->> 'failed')::boolean), false) as failed
         from tasks w where w.id = any (applied) and w.name = 'signal'
@@ -1832,7 +1862,8 @@ begin
         join tasks o on o.run_id = any (told) and o.run_id = n.run_id and o.path = '{}' and o.kind not in ('wake', 'deliver')
         cross join lateral (
             select o.state = 'waiting'
-                   and (coalesce(o.awaits && n.names, false) or n.failed or n.counted > 0 and o.pending <= n.counted) as it) wakes
+                   and (n.failed or n.counted > 0 and o.pending <= n.counted
+                        or o.awaits is not null and has_mail(o.run_id, o.awaits)) as it) wakes
         where t.run_id = any (told) and t.id = o.id and t.path = '{}' and t.kind not in ('wake', 'deliver')
         returning t.queue, t.state)
     select array_agg(distinct readied.queue) into rung from readied where readied.state = 'ready';

@@ -101,6 +101,10 @@ class Held:
     def hold(self, *records: RecordRow, **more: Any) -> Writing:
         return self._writing("hold", records, **more)
 
+    def continue_(self, *records: RecordRow, **more: Any) -> Writing:
+        """Return the beginning of a new epoch; its input is an extra."""
+        return self._writing("continue", records, **more)
+
     def finish(
         self, *records: RecordRow, state: EndState = "succeeded", output: str | None = '"out"', **more: Any
     ) -> Writing:
