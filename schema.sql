@@ -1846,9 +1846,14 @@ begin
     end if;
     with news as (
         select w.run_id, count(*)::int as count,
-               (count(*) filter (where (w.args ->> 'counted')::boolean))::int as counted,
-               coalesce(bool_or((w.args ->> 'counted')::boolean and (w.args ->> 'failed')::boolean), false) as failed
-        from tasks w where w.id = any (applied) and w.name = 'signal'
+               (count(*) filter (where c.counted))::int as counted,
+               coalesce(bool_or(c.counted and (w.args ->> 'failed')::boolean), false) as failed
+        from tasks w
+        join runs r on r.id = any (told) and r.id = w.run_id
+        -- What an earlier epoch of the run has counted, this one does not wait for.
+        cross join lateral (
+            select (w.args ->> 'counted')::boolean and (w.args ->> 'parent_epoch')::int = r.epoch as counted) c
+        where w.id = any (applied) and w.name = 'signal'
         group by w.run_id),
     readied as (
         update tasks t
