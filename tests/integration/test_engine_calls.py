@@ -376,3 +376,39 @@ async def test_however_a_run_goes_wrong_its_transactional_undo_happens_once(lab:
         assert ended.state == ("cancelled" if reason == "is cancelled" else "failed")
     rows = await lab.execute("select n, what from booked order by n, what")
     assert rows == [(1, "booked"), (1, "not b1"), (2, "booked"), (2, "not b2"), (3, "booked"), (3, "not b3")]
+
+
+@pytest.mark.parametrize("reason", ["a second cancellation", "the deadline"])
+async def test_steps_that_clean_up_side_by_side_are_not_cut_short(lab: Lab, reason: str) -> None:
+    gate = Gate()
+    cleaned = Ledger()
+    with collecting() as registry:
+
+        @step
+        async def clean(name: str) -> None:
+            await gate.passed()
+            cleaned.note(name)
+
+        @workflow
+        async def flow() -> None:
+            try:
+                await sleep(1000)
+            except Cancelled:
+                await gather(clean("a"), clean("b"))
+
+    async with lab.engine(registry), lab.engine(registry):
+        run = await lab.enqueue(flow, **({"deadline": "1 second"} if reason == "the deadline" else {}))
+        await lab.waits(run)
+        if reason != "the deadline":
+            await lab.cancel(run)
+        await gate.reached(2)
+        if reason != "the deadline":
+            await lab.cancel(run)
+            await wait_until_async(lambda: _no_wakes(lab), what="the second cancellation to be applied")
+        gate.open()
+        assert (await lab.ended(run)).state == ("failed" if reason == "the deadline" else "cancelled")
+    assert sorted(cleaned.names) == ["a", "b"]
+
+
+async def _no_wakes(lab: Lab) -> bool:
+    return await lab.execute("select count(*) from stepwell.tasks where kind = 'wake'") == [(0,)]
