@@ -12,6 +12,8 @@ Otherwise the history is read again.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,11 +28,17 @@ from worker.engine.mailbox import Mailbox
 from worker.engine.reports import held
 from worker.engine.spreading import extras_of, held_only, spread
 from worker.engine.transitions import Extra
-from worker.engine.turns import Park, Standing, Turn
+from worker.engine.turns import Park, Release, Standing, Turn
 from worker.replay.decisions import Await, Block, Decision, DoStep, Settle, Sleep
 from worker.replay.driver import Replay
 from worker.replay.records import Record, visible
+from worker.steps.execution import uncancel
 from worker.telemetry import metrics
+
+logger = logging.getLogger(__name__)
+
+GIVE_BACK_SECONDS = 0.5
+"""How long a run is held back from workers whose code it does not fit, before it is ready for all again."""
 
 
 class Advance(Claimed):
@@ -61,7 +69,7 @@ class Advance(Claimed):
         decision = self._driven(self._history or [])
         self._history = None  # the replay has what it needs of it
         if isinstance(decision, Block):
-            return Turn(decision)
+            return await self._objected(decision)
         if passed is None and (standing.cancelled or not self.claim.cancelling):
             return Turn(decision)
         died_in = self._died_in(decision) if isinstance(decision, DoStep) else ()
@@ -70,6 +78,24 @@ class Advance(Claimed):
             if self.claim.cancelling and not standing.cancelled
             else self._expired(died_in)
         )
+
+    async def _objected(self, block: Block) -> Turn:
+        """Leave a run to workers that came later, if there are any: it may have gone on under their code."""
+        if not await self._means.reader.is_superseded(self.claim.name):
+            return Turn(block)
+        logger.info(
+            "a run does not fit the code here (%s), but there are newer workers: it is given back", block.reason,
+            extra={"run_id": str(self.claim.run_id)},
+        )  # fmt: skip
+        self._interruptible = True
+        try:
+            await asyncio.sleep(GIVE_BACK_SECONDS)
+        except asyncio.CancelledError:
+            if not uncancel():
+                raise
+        finally:
+            self._interruptible = False
+        return Turn(Release())
 
     async def _again(self) -> Turn:
         """Drive anew: what was recorded meanwhile comes before what this claim wanted to record."""
@@ -83,8 +109,8 @@ class Advance(Claimed):
 
     async def _read_again(self) -> None:
         claim = self.claim
-        self._history = (await self._means.histories([claim]))[claim.run_id]
-        self._mailbox = Mailbox((await self._means.mail([claim.run_id]))[claim.run_id])
+        self._history = (await self._means.reader.histories([claim]))[claim.run_id]
+        self._mailbox = Mailbox((await self._means.reader.mail([claim.run_id]))[claim.run_id])
         self._standing.take_in(self._history)
 
     def _driven(self, history: list[Record]) -> Decision:

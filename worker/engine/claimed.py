@@ -16,7 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import Any, Protocol, assert_never
 from uuid import UUID
 
 import msgspec
@@ -70,12 +70,17 @@ MAX_REPEATS = 20
 REPEAT_SECONDS = 0.05
 
 
+class Reader(Protocol):
+    """What the claims of one process read: what is recorded of runs, what was sent to them, who came later."""
+
+    async def histories(self, claims: Sequence[Claim]) -> dict[UUID, list[Record]]: ...
+    async def mail(self, run_ids: Sequence[UUID]) -> dict[UUID, list[Mail]]: ...
+    async def is_superseded(self, name: str) -> bool: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Means:
-    """What the claims of one process share. `leaving` tells whether runs are to be given back.
-
-    `histories` and `mail` read what is recorded of runs, and what was sent to them.
-    """
+    """What the claims of one process share. `leaving` tells whether runs are to be given back."""
 
     committer: Committer
     executor: Executor
@@ -83,8 +88,7 @@ class Means:
     settings: Settings
     guard: Guard
     leaving: Callable[[], bool]
-    histories: Callable[[Sequence[Claim]], Awaitable[dict[UUID, list[Record]]]]
-    mail: Callable[[Sequence[UUID]], Awaitable[dict[UUID, list[Mail]]]]
+    reader: Reader
 
     def slots(self, step: Step[..., Any]) -> tuple[asyncio.Semaphore, ...]:
         """Return what an execution of the step needs beside its run's own slot: a connection, a thread."""

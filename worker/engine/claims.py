@@ -223,6 +223,10 @@ class Claimant:
             found[run_id].append(Mail(*mail))
         return found
 
+    async def is_superseded(self, name: str) -> bool:
+        """Tell whether workers that came after this one and its siblings carry a name."""
+        return bool((await self._run("superseded", {"me": self.worker_id, "name": name}))[0][0])
+
     async def audit(self) -> list[Held]:
         """Return every claim that the database says this worker holds."""
         return [Held(*row) for row in await self._run("audit", (self.worker_id,))]

@@ -126,8 +126,7 @@ class Engine:
         self._means = Means(
             self._committer, self._executor, self._transactions, settings, Sandbox(),
             leaving=lambda: self._draining or self._alone,
-            histories=self._claimant.histories,
-            mail=self._claimant.mail,
+            reader=self._claimant,
         )  # fmt: skip
 
     # -- lifecycle

@@ -78,6 +78,8 @@ class Asides(Course):
         if known is None:
             # What an earlier drive came to, it came to with the code before the patch.
             untouched = self.fresh and not (self._attempted and self._seq == 0 and not self._live)
+            if self._driven < 0:  # of a run that was retried, rewound or forked only its records tell
+                untouched = untouched and self._cursor.left_over() is None
             known = self._patches[name] = untouched
             if untouched:
                 self._effects.patches.append((len(self._cursor.patches) + 1, name))
