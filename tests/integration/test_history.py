@@ -209,8 +209,9 @@ def test_the_lists_by_status_are_what_the_view_says(client: Client, db: Db) -> N
     for kind, (state, attempt, fresh, driven, beside) in zip(itertools.cycle(("step", "timer")), cases):
         run = client.enqueue("w").id
         db.execute(
-            "update stepwell.tasks set state = %s, attempt = %s, fresh = %s, driven = %s, claimed_by = %s where run_id = %s",
-            [state, attempt, fresh, driven, 1 if state == "claimed" else None, run],
+            "update stepwell.tasks set state = %s, attempt = %s, fresh = %s, driven = %s, claimed_by = %s, paused = %s"
+            " where run_id = %s",
+            [state, attempt, fresh, driven, 1 if state == "claimed" else None, state == "paused", run],
         )
         for number, each in enumerate(beside, 1):
             db.execute(
