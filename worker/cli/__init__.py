@@ -26,7 +26,7 @@ _COMMANDS = {
     ),
     "enqueue": ("worker.cli.enqueue:enqueue", "Enqueue a run of WORKFLOW, or one for each row of a file."),
     "signal": ("worker.cli.exchanging:signal", "Send a signal to a run, which takes it by wait_signal."),
-    "runs": ("worker.cli.runs:runs", "List, show, follow, cancel, retry and export runs."),
+    "runs": ("worker.cli.runs:runs", "List, show, follow, repair and export runs."),
     "replay": ("worker.cli.replay:replay", "Drive recorded histories against the code of APP: would it fit?"),
     "check": ("worker.cli.check:check", "Find in the workflow bodies of APP what a replay could not repeat."),
 }

@@ -1,21 +1,18 @@
-"""`stepwell runs`: list, show, cancel, retry, export; state and stream are in `worker.cli.exchanging`."""
+"""`stepwell runs`: list, show, export; state and stream are in `worker.cli.exchanging`, the rest in `worker.cli.repair`."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-from uuid import UUID
 
 import click
 
-from outbox.errors import RunConflict
 from outbox.history import MAX_LIST, STATUSES
 from outbox.settings import Settings
-from worker.cli.connecting import Session, session
+from worker.cli import repair
+from worker.cli.connecting import session
 from worker.cli.exchanging import follow_stream, show_state
-from worker.cli.mistakes import FAILED, Mistake, one_line
+from worker.cli.mistakes import Mistake
 from worker.cli.options import database_option, duration, json_option
 from worker.cli.recorded import line_of, to_file
 from worker.cli.rendering import console, print_json
@@ -28,7 +25,7 @@ from worker.engine.recorded import from_database
 
 @click.group()
 def runs() -> None:
-    """List, show, cancel, retry and export runs. RUN is an id, or the beginning of one if that is unique."""
+    """List, show, follow, repair and export runs. RUN is an id, or the beginning of one if that is unique."""
 
 
 @runs.command("list")
@@ -68,36 +65,8 @@ def show_run(settings: Settings, run: str, as_json: bool) -> None:
         console().print(run_view(details))
 
 
-runs.add_command(show_state)
-runs.add_command(follow_stream)
-
-
-@runs.command("cancel")
-@click.argument("run", nargs=-1, required=True)
-@json_option
-@database_option
-def cancel_runs(settings: Settings, run: tuple[str, ...], as_json: bool) -> None:
-    """Ask for the end of runs. One that executes a step ends when that step has."""
-
-    def cancel(opened: Session, found: UUID) -> dict[str, Any]:
-        if not opened.client.cancel(found):
-            raise RunConflict(f"run {found} has ended already")
-        return {"cancelled": True}
-
-    _each(settings, run, cancel, "asked to end", as_json)
-
-
-@runs.command("retry")
-@click.argument("run", nargs=-1, required=True)
-@json_option
-@database_option
-def retry_runs(settings: Settings, run: tuple[str, ...], as_json: bool) -> None:
-    """Resume failed, cancelled and blocked runs: what completed stays, what failed is tried anew."""
-
-    def retry(opened: Session, found: UUID) -> dict[str, Any]:
-        return {"epoch": opened.client.retry(found)}
-
-    _each(settings, run, retry, "is ready again", as_json)
+for command in (show_state, follow_stream, *repair.COMMANDS):
+    runs.add_command(command)
 
 
 @runs.command("export")
@@ -132,30 +101,3 @@ def export_runs(
             return
         for each in found:
             sys.stdout.buffer.write(line_of(each))
-
-
-def _each(
-    settings: Settings,
-    given: Sequence[str],
-    act: Callable[[Session, UUID], dict[str, Any]],
-    done: str,
-    as_json: bool,
-) -> None:
-    """Act on each run and tell; exit with status 1 if one could not be. An unknown id stops before the first."""
-    results: list[dict[str, Any]] = []
-    failed = False
-    with session(settings) as opened:
-        for found in [resolved(opened, text) for text in dict.fromkeys(given)]:
-            try:
-                results.append({"id": str(found), **act(opened, found), "error": None})
-                if not as_json:
-                    click.echo(f"{found} {done}")
-            except RunConflict as error:
-                failed = True
-                results.append({"id": str(found), "error": one_line(error)})
-                if not as_json:
-                    click.echo(f"stepwell: {one_line(error)}", err=True)
-    if as_json:
-        print_json(results)
-    if failed:
-        sys.exit(FAILED)
