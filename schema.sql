@@ -1423,14 +1423,14 @@ begin
         where verdicts[d.i] % 4 = 1));
 
     insert into state as s (run_id, key, value)
-    select x.run_id, d.key, d.value
+    select x.run_id, d.key, coalesce(d.value, 'null')      -- a JSON null comes as an SQL one
     from json_to_recordset(extras -> 'states') as d (i int, key text, value json)
     join unnest(items) x on x.i = d.i where verdicts[x.i] % 4 = 1
     on conflict (run_id, key) do update set value = excluded.value, at = clock_timestamp();
 
     -- A retry emits the same again; after a rewind or a fresh start it is something new.
     insert into stream (run_id, epoch, n, name, value)
-    select x.run_id, r.key_epoch, d.n, d.name, d.value
+    select x.run_id, r.key_epoch, d.n, d.name, coalesce(d.value, 'null')
     from json_to_recordset(extras -> 'emitted') as d (i int, n int, name text, value json)
     join unnest(items) x on x.i = d.i
     join runs r on r.id = any (emitting) and r.id = x.run_id

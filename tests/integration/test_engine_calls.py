@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from datetime import datetime
 from typing import Any
 
 import psycopg
@@ -23,6 +24,7 @@ from worker import (
     first,
     gather,
     map,
+    now,
     set_state,
     sleep,
     start,
@@ -272,6 +274,38 @@ async def test_a_run_that_starts_anew_keeps_its_id_and_forgets_its_history(lab: 
         ("3",),
         ("4",),
     ]
+
+
+async def test_time_goes_on_when_a_run_starts_anew(lab: Lab) -> None:
+    with collecting() as registry:
+
+        @workflow
+        async def rounds(before: list[datetime]) -> list[datetime]:
+            before = [*before, now()]
+            if len(before) < 3:
+                await sleep(0.05)
+                continue_as(before)
+            return before
+
+    async with lab.engine(registry):
+        seen = await lab.succeeded(await lab.enqueue(rounds, {"before": []}))
+    assert len(set(seen)) == 3
+    assert seen == sorted(seen)
+
+
+async def test_nothing_can_be_shown_and_emitted_as_well(lab: Lab) -> None:
+    with collecting() as registry:
+
+        @workflow
+        async def flow() -> None:
+            set_state("result", None)
+            emit("results", None)
+
+    async with lab.engine(registry):
+        await lab.succeeded(await lab.enqueue(flow))
+    assert await lab.execute(
+        "select s.value::text, e.value::text from stepwell.state s, stepwell.stream e"
+    ) == [("null", "null")]
 
 
 async def test_what_a_body_shows_is_written_once_however_often_it_is_replayed(lab: Lab) -> None:

@@ -31,7 +31,7 @@ from worker.engine.transitions import Extra
 from worker.engine.turns import Park, Release, Standing, Turn
 from worker.replay.decisions import Await, Block, Decision, DoStep, Settle, Sleep
 from worker.replay.driver import Replay
-from worker.replay.records import Record, visible
+from worker.replay.records import Record, began_at, visible
 from worker.steps.execution import uncancel
 from worker.telemetry import metrics
 
@@ -123,7 +123,7 @@ class Advance(Claimed):
             return Block("history mismatch", encode_fault(mismatch))
         self._replay = Replay(
             self._workflow, self.claim.input, standing.facts, applying, driven=standing.driven,
-            attempted=standing.attempted, guard=self._means.guard,
+            attempted=standing.attempted, began_at=began_at(history) if self.claim.base_epoch else None, guard=self._means.guard,
         )  # fmt: skip
         return self._replay.start()
 
@@ -183,10 +183,14 @@ class Advance(Claimed):
 
     def _with_effects(self, turn: Turn) -> Turn:
         """Add what the body has done beside its calls."""
-        if self._replay is None:
+        replay = self._replay
+        if replay is None:
             return turn
-        self._standing.branched = self._standing.branched or self._replay.branched
-        effects = self._replay.take_effects()
+        if replay.branched:
+            self._standing.branched = True
+        effects = replay.take_effects()
+        if effects is None and type(turn.decision) is not Settle:
+            return turn  # nearly always
         more: list[Extra] = []
         records: tuple[Record, ...] = ()
         if effects is not None:

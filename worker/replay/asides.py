@@ -54,10 +54,7 @@ class Asides(Course):
 
     def take_effects(self) -> Effects | None:
         """Return what the body has done beside its calls since the last drive that is written down, once."""
-        effects = self._effects
-        if not effects:
-            return None
-        self._effects = Effects()
+        effects, self._effects = self._effects, None
         return effects
 
     def now(self) -> datetime:
@@ -82,7 +79,7 @@ class Asides(Course):
                 untouched = untouched and self._cursor.left_over() is None
             known = self._patches[name] = untouched
             if untouched:
-                self._effects.patches.append((len(self._cursor.patches) + 1, name))
+                self._told().patches.append((len(self._cursor.patches) + 1, name))
                 self._cursor.patches.add(name)
         if retired and not known:
             self._block(
@@ -96,14 +93,14 @@ class Asides(Course):
         """Show `value` under `key` to whoever looks at the run."""
         text = encode(value, where=f"the state {key!r}")
         if self.fresh:
-            self._effects.states[key] = text
+            self._told().states[key] = text
 
     def emit(self, name: str, value: Any) -> None:
         """Append a value to a stream of the run."""
         text = encode(value, where=f"what is emitted to {name!r}")
         self._emitted += 1
         if self.fresh:
-            self._effects.emitted.append(Emitted(self._emitted, name, text))
+            self._told().emitted.append(Emitted(self._emitted, name, text))
 
     def begin_child(
         self, workflow: Workflow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, detached: bool,
@@ -118,7 +115,7 @@ class Asides(Course):
         call.ask()
         path = strand.next_path()
         if self.fresh:
-            self._effects.starting.append(Starting(path, workflow, call.input, detached, deadline))
+            self._told().starting.append(Starting(path, workflow, call.input, detached, deadline))
         return Started(self, workflow, path)
 
     def continue_as(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:

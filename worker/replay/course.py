@@ -80,8 +80,8 @@ class Course(Judged):
         self._now: datetime = facts.created_at
         self._runnable: deque[tuple[Strand, Any]] = deque()
         self._waiting: dict[Path, Waiting] = {}
-        self._effects = Effects()
-        self._undoing = Undoing()
+        self._effects: Effects | None = None
+        self._undoing: Undoing | None = None
 
     # -- what bodies call, by way of worker.replay.calls
 
@@ -90,7 +90,8 @@ class Course(Judged):
         strand = self._strand
         if self._stop is not None or strand.closing or getcurrent() is not strand.body:
             self._refuse(call.what())
-        return self._perform_at(strand.next_path(), call, strand)
+        strand.calls += 1
+        return self._perform_at((*strand.prefix, strand.calls), call, strand)
 
     def join(self, call: JoinCall) -> Any:
         """Run branches side by side; return what they come to, or raise the failure that ends it."""
@@ -140,7 +141,7 @@ class Course(Judged):
             except HistoryMismatch as mismatched:
                 self._block(mismatched)
         if record is None:
-            self._waiting[path] = Waiting(path, call, self.fresh, strand)
+            self._waiting[path] = Waiting(path, call, self._live or self._seq > self._driven, strand)
             strand.waits_at = path
             got = self._away(strand)
             if isinstance(got, BaseException):
@@ -158,8 +159,19 @@ class Course(Judged):
         mark = call.mark
         if record.fingerprint != mark and record.fingerprint is not None and mark is not None:
             self._drifted(Drift(record.path, call.name, record.fingerprint, mark))
-        if record.outcome == "completed":
-            self._undoing.completed(call, record)
+        if type(call) is StepCall and call.step.undo is not None and record.outcome == "completed":
+            self._undoable().completed(call, record)
+
+    def _undoable(self) -> Undoing:
+        if self._undoing is None:
+            self._undoing = Undoing()
+        return self._undoing
+
+    def _told(self) -> Effects:
+        """Return where it is noted what the body does beside its calls."""
+        if self._effects is None:
+            self._effects = Effects()
+        return self._effects
 
     def _drifted(self, drift: Drift) -> None:
         self.drifts.append(drift)
@@ -187,6 +199,8 @@ class Course(Judged):
             if self._runnable:
                 self._resume(*self._runnable.popleft())
                 continue
+            if self._cursor.spent:
+                return
             record = self._cursor.peek()
             if record is None:
                 left = self._cursor.left_over(self._waiting)
@@ -344,7 +358,8 @@ class Course(Judged):
         for each in dropped:
             waiting = self._waiting.pop(each)
             created = created or not waiting.fresh
-            self._undoing.unwatched(each, waiting.call)
+            if isinstance(waiting.call, StepCall) and waiting.call.step.undo is not None:
+                self._undoable().unwatched(each, waiting.call)
             if waiting.strand is not None and waiting.strand.prefix[: len(path)] == path:
                 strands.add(waiting.strand)
         for strand, _ in self._runnable:
@@ -352,7 +367,7 @@ class Course(Judged):
                 strands.add(strand)
         self._runnable = deque(each for each in self._runnable if each[0] not in strands)
         if created and self.fresh:
-            self._effects.dropped.append(path)
+            self._told().dropped.append(path)
         for strand in sorted(
             strands | self._joining_below(path, strands), key=lambda each: each.prefix, reverse=True
         ):

@@ -20,7 +20,7 @@ class Cursor:
     recorded of calls that nobody waits for any more (`drop`) is passed over, and kept in `ignored`.
     """
 
-    __slots__ = ("_dropped", "_earlier", "_finals", "_next", "ignored", "patches")
+    __slots__ = ("_dropped", "_earlier", "_finals", "_next", "ignored", "patches", "spent")
 
     def __init__(self, history: Iterable[Record]) -> None:
         self.ignored: list[Record] = []
@@ -38,6 +38,8 @@ class Cursor:
                 self._finals.append(record)
             else:
                 self._earlier.setdefault(record.path, []).append(record)
+        self.spent = not self._finals and not self._earlier
+        """Whether it is known that nothing is left."""
 
     def peek(self) -> Record | None:
         """Return the next record that somebody has to wait for, None when all are delivered."""
@@ -93,9 +95,12 @@ class Cursor:
 
     def left_over(self, waited_for: Collection[Path] = ()) -> Record | None:
         """Return a record that no call has asked for. A voided one may remain: the body may go another way now."""
+        if self.spent:
+            return None
         record = self.peek()
         if record is not None and record.kind != "cancel":
             return record
+        self.spent = record is None and not self._earlier
         executions = (
             record
             for path, records in self._earlier.items()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from greenlet import GreenletExit, getcurrent  # type: ignore[import-untyped]  # ships no types
@@ -82,7 +83,7 @@ class Replay(Asides):
     """One drive of one run. `history` is what `visible` returned; `drifts` are the drifts met in it.
 
     `driven` is the seq up to which what the body did is written down. `attempted`: an earlier claim may have come to
-    the first call of an untouched run.
+    the first call of an untouched run. `began_at` is when it started anew, if it did.
     """
 
     __slots__ = (
@@ -98,10 +99,13 @@ class Replay(Asides):
         *,
         driven: int = UNTOUCHED,
         attempted: bool = False,
+        began_at: datetime | None = None,
         guard: Guard = UNGUARDED,
     ) -> None:
         super().__init__(workflow, facts, history, driven, attempted, guard)
         self._input = input
+        if began_at is not None:
+            self._now = began_at
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._ended_as: Decision | None = None
         self._cancelled: Cancel | Fail | None = None
@@ -279,18 +283,24 @@ class Replay(Asides):
         """Undo the completed steps, then let the decision stand. One that cannot be undone needs a person."""
         self._undoing_now = True
         main = self._main_strand
-        paths = self._undoing.unsettled()
+        undoing = self._undoing
+        if undoing is None:
+            return self._all_undone(decision)
+        paths = undoing.unsettled()
         if paths:
             self._settling = Settle(paths, self.fresh)
             self._away(main)
         self._cursor.peek()  # passes over what is recorded of calls that nobody waited for
-        for path, call in self._undoing.calls(self, self._cursor.ignored):
+        for path, call in undoing.calls(self, self._cursor.ignored):
             call.once()
             try:
                 self._perform_at(path, call, main)
             except Exception as error:  # noqa: BLE001 - its failure is recorded, and a person is told
                 cause = error if isinstance(error, StepFailed) else None
                 return Block("an undo failed", encode_fault(cause or error))
+        return self._all_undone(decision)
+
+    def _all_undone(self, decision: Decision) -> Decision | None:
         left = self._cursor.left_over()
         if left is not None:
             self.report(mismatch(described(left), "the end of its undo", self._workflow.where))

@@ -78,6 +78,11 @@ def visible(history: Iterable[Record]) -> list[Record]:
     return standing
 
 
+def began_at(history: Iterable[Record]) -> datetime | None:
+    """Return when the history that still counts began, if that is a fresh start; else it is the run's creation."""
+    return max((r.at for r in history if r.kind == "epoch" and r.outcome == "continue"), default=None)
+
+
 def _by_seq(record: Record) -> int:
     return record.seq
 

@@ -18,7 +18,7 @@ from outbox.errors import HistoryMismatch
 from worker.replay.decisions import Block
 from worker.replay.driver import Replay
 from worker.replay.guards import UNGUARDED, Guard
-from worker.replay.records import Path, Record, RunFacts, visible
+from worker.replay.records import Path, Record, RunFacts, began_at, visible
 
 if TYPE_CHECKING:
     from worker.definitions import Workflow
@@ -96,12 +96,15 @@ def rehearse(run: RecordedRun, workflow: Workflow[..., Any], *, guard: Guard = U
         run.id, run.workflow, run.created_at, run.seed or run.id, run.epoch, run.labels, run.key_epoch
     )
     try:
-        history = visible(call.to_record() for call in run.history)
+        recorded = [call.to_record() for call in run.history]
+        history = visible(recorded)
     except HistoryMismatch as error:
         return Mismatch(
             run.id, run.workflow, run.state, "history mismatch", str(error), error.expected, error.got
         )
-    replay = Replay(workflow, bytes(run.input).decode(), facts, history, guard=guard)
+    replay = Replay(
+        workflow, bytes(run.input).decode(), facts, history, began_at=began_at(recorded), guard=guard
+    )
     try:
         decision = replay.start()
     finally:
