@@ -22,7 +22,7 @@ from worker.replay.cursor import mismatch
 from worker.replay.effects import Effects, Emitted, Starting
 from worker.replay.frames import calling_line
 from worker.replay.guards import Guard
-from worker.replay.records import Record, RunFacts
+from worker.replay.records import Path, Record, RunFacts
 
 if TYPE_CHECKING:
     from worker.definitions import Workflow
@@ -35,7 +35,7 @@ class ContinuedError(BaseException):
 class Asides(Course):
     """A course with what happens beside it. `attempted`: an earlier claim may have come to the first call."""
 
-    __slots__ = ("_attempted", "_draws", "_emitted", "_patches", "_successor")
+    __slots__ = ("_attempted", "_draws", "_emitted", "_held_back", "_patches", "_successor")
 
     def __init__(
         self,
@@ -50,10 +50,14 @@ class Asides(Course):
         self._attempted = attempted
         self._draws = self._emitted = 0
         self._successor: str | None = None
+        self._held_back: dict[Path, Starting] = {}
         self._patches: dict[str, bool] = dict.fromkeys(self._cursor.patches, True)
 
     def take_effects(self) -> Effects | None:
         """Return what the body has done beside its calls since the last drive that is written down, once."""
+        if self._held_back and not self._main_strand.ended:
+            self._told().starting += self._held_back.values()
+            self._held_back.clear()
         effects, self._effects = self._effects, None
         return effects
 
@@ -115,8 +119,19 @@ class Asides(Course):
         call.ask()
         path = strand.next_path()
         if self.fresh:
-            self._told().starting.append(Starting(path, workflow, call.input, detached, deadline))
+            starting = Starting(path, workflow, call.input, detached, deadline)
+            if self._driven < 0 and self._cursor.left_over() is not None:
+                self._held_back[path] = starting
+            else:
+                self._told().starting.append(starting)
         return Started(self, workflow, path)
+
+    def answered(self, of: Path) -> None:
+        """Take note that what has become of the child begun at a path is recorded.
+
+        In a run that was retried, rewound or forked it is not begun again for that.
+        """
+        self._held_back.pop(of, None)
 
     def continue_as(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
         """End this history; the run starts anew with these arguments. Raises PayloadError."""

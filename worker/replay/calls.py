@@ -159,7 +159,6 @@ class SleepCall(Call):
     __slots__ = ("_seconds", "_until")
 
     kind = "sleep"
-    name = "sleep"
 
     def __init__(self, drive: Drive, seconds: float | None, until: datetime | None) -> None:
         self._performed = False
@@ -170,6 +169,11 @@ class SleepCall(Call):
     def what(self) -> str:
         """Return what it is, there is no name."""
         return "a sleep"
+
+    @property
+    def name(self) -> str:
+        """Sleeps have one name."""
+        return "sleep"
 
     def decision(self, path: Path, earlier: tuple[Record, ...]) -> Sleep:  # noqa: ARG002 - it has no executions
         """Return the wait."""

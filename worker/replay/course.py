@@ -147,6 +147,7 @@ class Course(Judged):
             if isinstance(got, BaseException):
                 raise got
             record = got
+        assert record is not None
         try:
             return call.outcome(record)
         except HistoryMismatch as misfit:
@@ -220,8 +221,9 @@ class Course(Judged):
         else:
             bodies.resume(strand.body, value)
         if strand.ended and strand is not self._main_strand:
-            bodies.give_back(strand.body)
-            strand.body = None
+            if strand.body is not None:
+                bodies.give_back(strand.body)
+                strand.body = None
             if self._stop is None:
                 self._settle(strand.join, strand.branch, *strand.result)
 
