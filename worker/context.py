@@ -68,6 +68,10 @@ class Drive(Protocol):
         """Have a child made."""
         ...
 
+    def answered(self, of: Path) -> None:
+        """Take note that what has become of a child is recorded."""
+        ...
+
     def continue_as(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
         """Start the run anew."""
         ...

@@ -438,12 +438,7 @@ async def test_the_failed_child_of_a_join_is_retried_with_its_parent(lab: Lab, c
             await run.result(20)
         except RunFailed:
             broken = False
-
-        async def children_ended() -> bool:
-            rows = await lab.execute("select count(*) from stepwell.runs where state = 'open'")
-            return rows == [(0,)]
-
-        await until(children_ended)
+        await until(lambda: none_open(lab))
         await client.retry(run.id)
         assert await run.result(20) == [0, 2, 4]
     assert effects.names.count("pack 2") == 2
@@ -476,3 +471,52 @@ async def test_a_rewound_parent_makes_its_children_anew(lab: Lab, client: AsyncC
             "select parent_path, count(*) from stepwell.runs where workflow = 'child' group by 1 order by 1"
         )
         assert rows == [([1], 1), ([2], 1), ([4], 1), (None, 2)]
+
+
+async def test_a_started_child_whose_result_is_recorded_is_not_begun_again(
+    lab: Lab, client: AsyncClient
+) -> None:
+    executed: list[str] = []
+    broken = True
+    with collecting() as registry:
+
+        @step
+        async def work(what: str) -> str:
+            executed.append(what)
+            if what == "fails" or (broken and what == "last"):
+                raise ValueError("no")
+            return what
+
+        @workflow
+        async def child(what: str) -> str:
+            return await work(what)
+
+        @workflow
+        async def parent() -> list[str]:
+            failing, going, unwatched = start(child, "fails"), start(child, "goes"), start(child, "later")
+            said = [await going]
+            try:
+                await failing
+            except RunFailed:
+                said.append("failed")
+            await sleep(0.01)
+            said.append(await work("last"))
+            await sleep(0.01)
+            return [*said, await unwatched]
+
+    async with lab.engine(registry):
+        run = await client.enqueue(parent)
+        assert (await lab.ended(run.id)).state == "failed"
+        await until(lambda: none_open(lab))
+        assert sorted(executed) == ["fails", "goes", "last", "later"]
+        broken = False
+        await client.retry(run.id)
+        assert await run.result(20) == ["goes", "failed", "last", "later"]
+        assert sorted(executed) == ["fails", "goes", "last", "last", "later"]
+        made = await client.fork(run.id, 7)
+        assert await lab.succeeded(made) == ["goes", "failed", "last", "later"]
+        assert sorted(executed) == ["fails", "goes", "last", "last", "last", "later", "later"]
+
+
+async def none_open(lab: Lab) -> bool:
+    return await lab.execute("select count(*) from stepwell.runs where state = 'open'") == [(0,)]

@@ -268,6 +268,8 @@ class ChildCall(Call):
     def outcome(self, record: Record) -> Any:
         """Return the child's output, or raise RunFailed or RunCancelled."""
         workflow = self._workflow
+        if self._of is not None:
+            self._drive.answered(self._of)
         if record.outcome == "completed":
             try:
                 return workflow.signature.decode_result(record.value or "null", where=workflow.result_where)
