@@ -1327,6 +1327,13 @@ begin
         end if;
     end if;
     if parents is not null then
+        -- A call that its run has dropped, or ended with, in this very flush has nobody to be recorded for.
+        if closing is not null or extras is not null then
+            select array_agg(case when x.parent is not null and t.id is null and verdicts[x.i] % 4 = 1
+                                  then 0 else verdicts[x.i] end order by x.i)
+            into verdicts
+            from unnest(items) x left join tasks t on t.id = any (locking) and t.id = x.task;
+        end if;
         perform settle_v1(me, items, verdicts, flush_v1.records);
     end if;
     if waking then
@@ -1710,15 +1717,17 @@ begin
                      when t.paused then 'paused' when x.then = 'park' then 'waiting'
                      when t.interruptions >= 2 then 'suspect' else 'ready' end,
         turn = case when x.then = 'move' then t.turn else nextval('stepwell.turns') end,
+        -- What needs a person is not counted any more, also if its run drops it.
+        wakes = case when x.then = 'hold' and t.wakes <> 0 then 3 else t.wakes end,
         due_at = case when x.then = 'release' then t.due_at
                       when x.then = 'park' then coalesce(x.until, clock_timestamp() + make_interval(secs => x.delay)) end
     from unnest(items) x
     where t.id = any (own) and t.id = x.task and x.then in ('move', 'park', 'release', 'hold');
 
+    -- Nor does a person have to look at what nobody waits for.
     delete from tasks t
-    where t.id = any (array(
-        select x.task from unnest(items) x
-        where x.parent is not null and x.then = 'done' and verdicts[x.i] % 4 = 1));
+    using unnest(items) x
+    where t.id = any (own) and t.id = x.task and (x.then = 'done' or x.then = 'hold' and t.wakes = 0);
 end
 $$;
 

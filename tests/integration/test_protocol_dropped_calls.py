@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.integration.calls import (
+    WAKES_WHEN_ONE_FAILS,
     branches,
     completed,
     failed,
@@ -93,6 +94,58 @@ def test_a_timer_that_is_just_being_applied_is_dropped_too(lab: Lab, worker: Wor
     record.kind = "sleep"
     assert worker.flush(timer.done(record)) == [FENCED]
     assert lab.history(run.run) == []
+
+
+@pytest.mark.parametrize("drops_first", [True, False])
+def test_a_timer_that_is_dropped_in_the_flush_that_applies_it_is_not_recorded(
+    lab: Lab, worker: Worker, drops_first: bool
+) -> None:
+    run = joined(lab, worker, timer_at(1), *branches(1), awaits=["go"])
+    assert lab.promote() == 1
+    (timer,) = worker.claim(0)
+    again = woken(lab, worker, run)
+    drop, apply = (
+        again.park(again.record(3), extras=[Dropped(path=(1,))], awaits=["go"]),
+        timer.done(timer.record(1)),
+    )
+    sent, answers = [drop, apply], [APPLIED, FENCED]
+    assert worker.flush(*(sent if drops_first else sent[::-1])) == (answers if drops_first else answers[::-1])
+    assert [each[2] for each in lab.history(run.run)] == [[3]]
+    assert lab.task(run.task, "seq") == 1
+
+
+def test_a_step_that_is_recorded_in_the_flush_that_ends_its_run_comes_too_late(
+    lab: Lab, worker: Worker
+) -> None:
+    run = joined(lab, worker, *branches(1), awaits=["go"])
+    step = only("step:send", worker).take()
+    again = woken(lab, worker, run)
+    assert worker.flush(completed(step), again.finish(family=True)) == [FENCED, APPLIED]
+    assert [each[2:] for each in lab.history(run.run)] == [([], 0, "succeeded")]
+
+
+def test_a_step_that_waits_for_a_person_is_not_counted_when_it_is_dropped(lab: Lab, worker: Worker) -> None:
+    run = joined(lab, worker, *branches(2, WAKES_WHEN_ONE_FAILS), step_at(3))
+    one, other = only("step:send", worker).claim(2)
+    worker.apply(one, one.hold())
+    again = only("w", worker).take()
+    worker.apply(other, failed(other))
+    worker.apply(again, again.park(extras=[Dropped(path=(1,)), step_at(2, 1, 1), step_at(2, 2, 1)]))
+    assert pending(lab, run) == 3
+
+
+def test_nobody_has_to_look_at_a_step_that_nobody_waits_for(lab: Lab, worker: Worker) -> None:
+    run = joined(lab, worker, *branches(2), awaits=["go"])
+    one, other = only("step:send", worker).claim(2)
+    again = woken(lab, worker, run)
+    worker.apply(again, again.park(extras=[Dropped(path=(1,))], awaits=["go"]))
+    worker.apply(one, one.hold())
+    assert list(lab.calls(run.run)) == ["1.2.1"]
+    again = woken(lab, worker, run)
+    worker.apply(again, again.park(extras=[Settled(path=(1,))]))
+    assert lab.task(run.task, "state, pending") == ("waiting", 1)
+    worker.apply(other, other.hold())
+    assert lab.task(run.task, "state, pending") == ("ready", 0)
 
 
 @pytest.mark.parametrize("claim_commits", [True, False])
