@@ -203,7 +203,7 @@ def test_calls_side_by_side_read_what_they_need(reading: Reading) -> None:
     writings += [each.release() for each in released]
     writings += [each.done(each.record(*each.claim.path)) for each in done]
     assert worker.flush(*writings) == [APPLIED] * 2 * half
-    reading.within(PER_TASK * 2 * half, "a flush of steps")
+    reading.within(3 * PER_TASK * half, "a flush of steps")  # each concerns two tasks
     assert [code % 4 for code in worker.flush(*writings[:quarter], *writings[half:])] == [ALREADY] * (
         quarter + half
     )
