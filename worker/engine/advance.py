@@ -26,7 +26,7 @@ from worker.engine.claimed import Claimed, Means, with_earlier
 from worker.engine.claims import Claim, Mail
 from worker.engine.mailbox import Mailbox
 from worker.engine.reports import held
-from worker.engine.spreading import extras_of, held_only, spread
+from worker.engine.spreading import extras_of, held_only, settling, spread
 from worker.engine.transitions import Extra
 from worker.engine.turns import Park, Release, Standing, Turn
 from worker.replay.decisions import Await, Block, Decision, DoStep, Settle, Sleep
@@ -111,7 +111,7 @@ class Advance(Claimed):
         claim = self.claim
         self._history = (await self._means.reader.histories([claim]))[claim.run_id]
         self._mailbox = Mailbox((await self._means.reader.mail([claim.run_id]))[claim.run_id])
-        self._standing.take_in(self._history)
+        self._standing.start_over(self._history)
 
     def _driven(self, history: list[Record]) -> Decision:
         """Drive a new body through what is recorded."""
@@ -275,10 +275,3 @@ class Advance(Claimed):
             return msgspec.structs.replace(turn, decision=held(step))
         parking, rows = spread(awaiting, standing)
         return msgspec.structs.replace(turn, decision=parking, extras=(*turn.extras, *rows))
-
-
-def settling(decision: Settle) -> list[Extra]:
-    """Return what makes the run wait for the calls that somebody may still execute."""
-    from worker.engine.transitions import Settled
-
-    return [Settled(path=path) for path in decision.paths] if decision.fresh else []

@@ -11,9 +11,9 @@ from collections import Counter
 import msgspec
 
 from worker.engine.mailbox import timed_out
-from worker.engine.transitions import ChildRow, Dropped, EmittedRow, Extra, StateRow, TaskRow
+from worker.engine.transitions import ChildRow, Dropped, EmittedRow, Extra, Settled, StateRow, TaskRow
 from worker.engine.turns import Spread, Standing
-from worker.replay.decisions import Await, AwaitChild, DoStep, Sleep, TakeSignal, Wait, Window
+from worker.replay.decisions import Await, AwaitChild, DoStep, Settle, Sleep, TakeSignal, Wait, Window
 from worker.replay.effects import Effects
 from worker.replay.records import Path
 
@@ -86,6 +86,11 @@ def extras_of(effects: Effects) -> list[Extra]:
         for each in effects.starting
     ]  # fmt: skip
     return rows
+
+
+def settling(decision: Settle) -> list[Extra]:
+    """Return what makes the run wait for the calls that somebody may still execute."""
+    return [Settled(path=path) for path in decision.paths] if decision.fresh else []
 
 
 def _counted(awaiting: Await) -> Path | None:

@@ -133,6 +133,12 @@ class Standing:
             self._seq = max(self._seq, history[-1].seq)
         self.cancelled = any(r.kind == "cancel" and r.epoch == self.claim.epoch for r in history)
 
+    def start_over(self, history: list[Record]) -> None:
+        """Take note of what is recorded by now; what this claim wanted to record and did not is to be recorded still."""
+        self.take_in(history)
+        if self._position == self.claim.position:
+            self.interrupted = self.claim.interrupted
+
     @property
     def attempted(self) -> bool:
         """Whether an earlier claim, of which nothing is written down, may have come to the first call."""

@@ -45,6 +45,3 @@ class Effects:
         self.starting: list[Starting] = []
         self.dropped: list[Path] = []
         self.patches: list[tuple[int, str]] = []
-
-    def __bool__(self) -> bool:
-        return bool(self.states or self.emitted or self.starting or self.dropped or self.patches)
