@@ -211,7 +211,12 @@ class Claimed:
             return None
         driven = self._standing.driven
         self._standing.applied(writing)
-        if self._standing.driven // LONG_HISTORY > max(0, driven) // LONG_HISTORY and writing.end is None:
+        longer = self._standing.driven
+        if (
+            longer >= LONG_HISTORY
+            and longer // LONG_HISTORY > max(0, driven) // LONG_HISTORY
+            and writing.end is None
+        ):
             log_long(self.claim.run_id, self.claim.workflow, self._standing.driven)
         if writing.end is not None:
             metrics.run_seconds(self.claim.workflow).observe(self._standing.seconds())

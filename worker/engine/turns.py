@@ -131,7 +131,9 @@ class Standing:
         if history:
             self._last_at = max(self._last_at, history[-1].at)
             self._seq = max(self._seq, history[-1].seq)
-        self.cancelled = any(r.kind == "cancel" and r.epoch == self.claim.epoch for r in history)
+        self.cancelled = bool(history) and any(
+            r.kind == "cancel" and r.epoch == self.claim.epoch for r in history
+        )
 
     def start_over(self, history: list[Record]) -> None:
         """Take note of what is recorded by now; what this claim wanted to record and did not is to be recorded still."""

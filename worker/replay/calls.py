@@ -32,6 +32,10 @@ class Call:
     __slots__ = ("_drive", "_performed")
 
     kind: ClassVar[str]
+    name: str
+    """The name under which it is recorded."""
+    mark: int | None = None
+    """The fingerprint of its arguments, if it has any; known once it was asked."""
     _drive: Drive
     _performed: bool
 
@@ -45,7 +49,9 @@ class Call:
 
     def perform(self) -> Any:
         """Make the call, and return its value."""
-        self.once()
+        if self._performed:
+            self.once()
+        self._performed = True
         return self._drive.perform(self)
 
     def once(self) -> None:
@@ -59,16 +65,6 @@ class Call:
         raise NotImplementedError
 
     # -- for the drive
-
-    @property
-    def name(self) -> str:
-        """The name under which it is recorded."""
-        raise NotImplementedError
-
-    @property
-    def mark(self) -> int | None:
-        """The fingerprint of its arguments, if it has any; known once it was asked."""
-        return None
 
     def ask(self) -> None:
         """Encode what it is called with. Raises PayloadError."""
@@ -85,7 +81,7 @@ class Call:
 class StepCall(Call):
     """The call of a step."""
 
-    __slots__ = ("_args", "_kwargs", "_mark", "arguments", "step")
+    __slots__ = ("_args", "_kwargs", "arguments", "mark", "name", "step")
 
     kind = "step"
 
@@ -95,33 +91,26 @@ class StepCall(Call):
         self._performed = False
         self._drive = drive
         self.step = step
+        self.name = step.name
         self._args = args
         self._kwargs = kwargs
 
     def what(self) -> str:
         """Return the name of the step."""
-        return f"step {self.step.name!r}"
-
-    @property
-    def name(self) -> str:
-        """The name of the step."""
-        return self.step.name
-
-    @property
-    def mark(self) -> int | None:
-        """The fingerprint of the arguments."""
-        return self._mark
+        return f"step {self.name!r}"
 
     def ask(self) -> None:
         """Encode the arguments. Raises PayloadError."""
         step = self.step
         self.arguments = step.signature.encode_arguments(self._args, self._kwargs, where=step.arguments_where)
-        self._mark = fingerprint(self.arguments)
+        self.mark = fingerprint(self.arguments)
 
     def decision(self, path: Path, earlier: tuple[Record, ...]) -> DoStep:
         """Return the execution of the step."""
-        drift = any(each.fingerprint not in (None, self._mark) for each in earlier)
-        return DoStep(path, self.step, self.arguments, self._mark, earlier, drift)
+        mark = self.mark
+        assert mark is not None, "a call is asked before it is decided upon"
+        drift = bool(earlier) and any(each.fingerprint not in (None, mark) for each in earlier)
+        return DoStep(path, self.step, self.arguments, mark, earlier, drift)
 
     def outcome(self, record: Record) -> Any:
         """Return the step's result, or raise its error."""
@@ -145,7 +134,7 @@ class UndoCall(StepCall):
 
     def ask(self) -> None:
         """Take the arguments as they are."""
-        self._mark = fingerprint(self.arguments)
+        self.mark = fingerprint(self.arguments)
 
     def outcome(self, record: Record) -> None:
         """Return nothing: nobody looks at what an undo returns."""
@@ -159,6 +148,7 @@ class SleepCall(Call):
     __slots__ = ("_seconds", "_until")
 
     kind = "sleep"
+    name = "sleep"
 
     def __init__(self, drive: Drive, seconds: float | None, until: datetime | None) -> None:
         self._performed = False
@@ -169,11 +159,6 @@ class SleepCall(Call):
     def what(self) -> str:
         """Return what it is, there is no name."""
         return "a sleep"
-
-    @property
-    def name(self) -> str:
-        """Sleeps have one name."""
-        return "sleep"
 
     def decision(self, path: Path, earlier: tuple[Record, ...]) -> Sleep:  # noqa: ARG002 - it has no executions
         """Return the wait."""
@@ -186,35 +171,30 @@ class SleepCall(Call):
 class SignalCall(Call):
     """The wait for a signal."""
 
-    __slots__ = ("_name", "_seconds", "_type")
+    __slots__ = ("_seconds", "_type", "name")
 
     kind = "signal"
 
     def __init__(self, drive: Drive, name: str, seconds: float | None, type_: Any) -> None:
         self._performed = False
         self._drive = drive
-        self._name = name
+        self.name = name
         self._seconds = seconds
         self._type = type_
 
     def what(self) -> str:
         """Return what is waited for."""
-        return f"wait_signal({self._name!r})"
-
-    @property
-    def name(self) -> str:
-        """The name of the signal."""
-        return self._name
+        return f"wait_signal({self.name!r})"
 
     def decision(self, path: Path, earlier: tuple[Record, ...]) -> TakeSignal:  # noqa: ARG002 - it has no executions
         """Return the wait."""
-        return TakeSignal(path, self._name, self._seconds)
+        return TakeSignal(path, self.name, self._seconds)
 
     def outcome(self, record: Record) -> Any:
         """Return the payload, or raise TimeoutError."""
         if record.outcome == "failed":
             raise TimeoutError((record.error or {}).get("message", ""))
-        return decode(record.value or "null", self._type, where=f"the payload of signal {self._name!r}")
+        return decode(record.value or "null", self._type, where=f"the payload of signal {self.name!r}")
 
 
 class ChildCall(Call):
@@ -223,7 +203,7 @@ class ChildCall(Call):
     `of` is the path of the call that has started it, if that was `start`.
     """
 
-    __slots__ = ("_args", "_kwargs", "_of", "_options", "_workflow", "input")
+    __slots__ = ("_args", "_kwargs", "_of", "_workflow", "input", "name")
 
     kind = "child"
 
@@ -239,6 +219,7 @@ class ChildCall(Call):
         self._performed = False
         self._drive = drive
         self._workflow = workflow
+        self.name = workflow.name
         self._args = args
         self._kwargs = kwargs or {}
         self._of = of
@@ -246,12 +227,7 @@ class ChildCall(Call):
 
     def what(self) -> str:
         """Return the name of the workflow."""
-        return f"workflow {self._workflow.name!r}"
-
-    @property
-    def name(self) -> str:
-        """The name of the workflow."""
-        return self._workflow.name
+        return f"workflow {self.name!r}"
 
     def ask(self) -> None:
         """Encode the input. Raises PayloadError."""

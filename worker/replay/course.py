@@ -133,7 +133,7 @@ class Course(Judged):
     def _perform_at(self, path: Path, call: Call, strand: Strand) -> Any:
         call.ask()
         record: Record | None = None
-        if not self._runnable:
+        if not self._runnable and not self._cursor.spent:
             try:
                 record = self._cursor.take_for(path, call, alone=not self._waiting)
                 if record is not None:
@@ -233,12 +233,15 @@ class Course(Judged):
             self._cancel(record)
             return
         waiting = self._waiting.pop(record.path, None)
-        self._cursor.concluded(record.path)
+        if not self._cursor.spent:
+            self._cursor.concluded(record.path)
         try:
             if waiting is None:
                 raise mismatch(described(record), *self._pending())
-            self._require_fit(record, waiting)
-            self._delivered(waiting.call, record)
+            call = waiting.call
+            if not fits(record, call):
+                raise self._misfit(record, waiting)
+            self._delivered(call, record)
         except HistoryMismatch as mismatched:
             self._condemn(mismatched)
             return
@@ -260,16 +263,16 @@ class Course(Judged):
 
     def _executions(self, waiting: Waiting) -> tuple[Record, ...]:
         """Return the recorded executions of a call that waits. Raises HistoryMismatch."""
+        if self._cursor.spent:
+            return ()
         records = self._cursor.executions(waiting.path)
         for record in records:
-            if record.outcome != VOIDED:
-                self._require_fit(record, waiting)
+            if record.outcome != VOIDED and not fits(record, waiting.call):
+                raise self._misfit(record, waiting)
         return tuple(record for record in records if fits(record, waiting.call))
 
-    def _require_fit(self, record: Record, waiting: Waiting) -> None:
-        if not fits(record, waiting.call):
-            line = self._line_of(waiting)
-            raise mismatch(described(record), called(waiting.call, waiting.path), line)
+    def _misfit(self, record: Record, waiting: Waiting) -> HistoryMismatch:
+        return mismatch(described(record), called(waiting.call, waiting.path), self._line_of(waiting))
 
     def _pending(self) -> tuple[str, str | None]:
         """Return what the body waits for, and the line where."""

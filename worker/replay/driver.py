@@ -141,11 +141,13 @@ class Replay(Asides):
 
     def hand(self, record: Record) -> None:
         """Hand the body a record; `decide` says what it has come to."""
-        if record.kind != "cancel" and (record.n or record.path not in self._waiting):
-            waits = ", ".join(dotted(path) for path in self._waiting) or "nothing"
-            raise ValueError(f"the body waits for a final record of {waits}, got {record!r}")
-        if record.kind != "cancel" and record.kind != self._waiting[record.path].call.kind:
-            raise ValueError(f"the call at {dotted(record.path)} is no {record.kind}, got {record!r}")
+        if record.kind != "cancel":
+            waiting = self._waiting.get(record.path)
+            if record.n or waiting is None:
+                waits = ", ".join(dotted(path) for path in self._waiting) or "nothing"
+                raise ValueError(f"the body waits for a final record of {waits}, got {record!r}")
+            if record.kind != waiting.call.kind:
+                raise ValueError(f"the call at {dotted(record.path)} is no {record.kind}, got {record!r}")
         self._live = True
         before = self._guard.enter()
         try:
@@ -177,13 +179,13 @@ class Replay(Asides):
         """Discard the body: its `finally` blocks run, its calls are refused. Safe twice; never raises."""
         main = self._main_strand
         body, main.body = main.body, None
+        if body is None:
+            return
         branches = {w.strand for w in self._waiting.values() if w.strand is not None} | {
             s for s, _ in self._runnable
         }
         waiting, self._waiting = self._waiting, {}
         self._runnable.clear()
-        if body is None:
-            return
         if self._stop is None:
             self._stop = Suspended(f"the run {self.facts.id} goes on elsewhere or later")
         before = self._guard.enter()
