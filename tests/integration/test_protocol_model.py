@@ -22,11 +22,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.protocol import ALREADY, APPLIED, CANCELLING, FENCED, Held, Lab, Worker
+from tests.protocol import ALREADY, APPLIED, CANCELLING, FENCED, Db, Held, Lab, Worker
 from worker.engine.transitions import Writing
 
 POISON_AFTER = 2
 WORKERS = 3
+PRODUCERS = 2
 
 Doing = tuple[int, ...] | None
 
@@ -88,6 +89,15 @@ class Wake:
     owner: int | None = None
 
 
+@dataclass
+class Producer:
+    """A service's transaction that stays open: what it has inserted is nobody's yet (I15)."""
+
+    db: Db
+    enqueued: list[UUID] = field(default_factory=list)
+    wakes: dict[int, Wake] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Sent:
     """A transition as it was sent, and what it would do."""
@@ -97,7 +107,9 @@ class Sent:
 
 
 class Machine(RuleBasedStateMachine):
-    """Up to three workers over connections of their own, one statement at a time."""
+    """Up to three workers over connections of their own, one statement at a time, and services whose transactions
+    stay open meanwhile: whoever waited for one of these would run into the time limit of its statement.
+    """
 
     url: str
 
@@ -112,9 +124,12 @@ class Machine(RuleBasedStateMachine):
         self.sent: dict[int, list[Sent]] = {}
         self.numbers = 0
         self.connections = [self.lab.connection() for _ in range(WORKERS)]
+        self.producers = [Producer(self.lab.connection(autocommit=False)) for _ in range(PRODUCERS)]
 
     def teardown(self) -> None:
         try:
+            for producer in self.producers:
+                self._end(producer, commits=True)
             self._work_off()
             self._audit()
         finally:
@@ -136,6 +151,37 @@ class Machine(RuleBasedStateMachine):
         if open_:
             newest = self.lab.one("select max(id) from stepwell.tasks where kind = 'wake'")
             self.wakes[newest] = Wake(run, self.runs[run].epoch)
+
+    @rule(data=st.data(), count=st.integers(1, 2))
+    def enqueue_and_stay_open(self, data: st.DataObject, count: int) -> None:
+        producer = data.draw(st.sampled_from(self.producers))
+        producer.enqueued += self.lab.enqueue(count, db=producer.db)
+
+    @precondition(lambda self: self.runs)
+    @rule(data=st.data())
+    def cancel_and_stay_open(self, data: st.DataObject) -> None:
+        producer = data.draw(st.sampled_from(self.producers))
+        run = data.draw(st.sampled_from(list(self.runs)))
+        open_ = self.runs[run].state == "open"
+        assert self.lab.cancel(run, db=producer.db) == open_
+        if open_:
+            newest = self.lab.one("select max(id) from stepwell.tasks where kind = 'wake'", db=producer.db)
+            producer.wakes[newest] = Wake(run, self.runs[run].epoch)
+
+    @precondition(lambda self: any(each.enqueued or each.wakes for each in self.producers))
+    @rule(data=st.data(), commits=st.booleans())
+    def end_a_transaction(self, data: st.DataObject, commits: bool) -> None:
+        busy = [each for each in self.producers if each.enqueued or each.wakes]
+        self._end(data.draw(st.sampled_from(busy)), commits=commits)
+
+    def _end(self, producer: Producer, *, commits: bool) -> None:
+        if commits:
+            producer.db.commit()
+            self.runs |= {run: Run() for run in producer.enqueued}
+            self.wakes |= producer.wakes
+        else:
+            producer.db.rollback()
+        producer.enqueued, producer.wakes = [], {}
 
     @precondition(lambda self: any(run.state != "open" for run in self.runs.values()))
     @rule(data=st.data())
