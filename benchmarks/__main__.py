@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks import scenarios, waiting
+from benchmarks import outages, scenarios, waiting
 from benchmarks.machine import Bench, bench
 
 Figures = dict[str, float]
@@ -30,6 +30,8 @@ def _plan(runs: int) -> dict[str, Scenario]:
         "enqueue to start, idle": lambda b: scenarios.start_latency(b, 210),
         "recovery from kill -9 of a worker": lambda b: scenarios.recovery(b, "worker", 20),
         "recovery from kill -9 of the tree": lambda b: scenarios.recovery(b, "tree", 3),
+        "recovery from a network that falls silent": lambda b: outages.silence(b, 3),
+        "ten restarts of the database under load": lambda b: outages.restarts(b, 10),
         "map over 10,000 steps, 2 processes": lambda b: waiting.fan_out(b, 10_000),
         "cancel a run that sleeps, idle": lambda b: waiting.cancel_latency(b, 200),
         "replay of 10,000 recorded steps": lambda b: waiting.replay(b, 10_000),

@@ -88,7 +88,7 @@ def start_latency(bench: Bench, samples: int, *, url: str | None = None) -> dict
         for n in range(samples):
             before = time.monotonic_ns()
             client.enqueue("start", {"word": f"s{n}"})
-            waits.append((_line(log, f"s{n}")[0] - before) / 1e6)
+            waits.append((told(log, f"s{n}")[0] - before) / 1e6)
             time.sleep(0.05)
     waits = sorted(waits[10:])
     return {"p50_ms": waits[len(waits) // 2], "p99_ms": waits[int(len(waits) * 0.99) - 1]}
@@ -106,14 +106,14 @@ def recovery(bench: Bench, victim: str, samples: int) -> dict[str, float]:
             for n in range(samples):
                 wait_for(lambda: living(db) == 4, 60)  # each kill meets the whole fleet
                 client.enqueue("lingering", {"word": f"r{n}"})
-                _, pid = _line(log, f"r{n}")
+                _, pid = told(log, f"r{n}")
                 parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
                 killed = time.monotonic_ns()
                 if victim == "worker":
                     os.kill(pid, signal.SIGKILL)
                 else:
                     _kill_tree(parent)
-                at, _ = _line(log, f"r{n}", other_than=pid)
+                at, _ = told(log, f"r{n}", other_than=pid)
                 waits.append((at - killed) / 1e9)
                 if victim == "tree":
                     dead = next(each for each in fleet if each.pid == parent)
@@ -159,7 +159,7 @@ class _Cost:
         return figures
 
 
-def _line(log: Path, word: str, other_than: int | None = None) -> tuple[int, int]:
+def told(log: Path, word: str, other_than: int | None = None) -> tuple[int, int]:
     """Wait for a line of the workload; return its time (ns) and process."""
     for _ in itertools.count():
         if log.exists():
