@@ -5,6 +5,8 @@ SHELL := bash
 
 PYTHON ?= python3
 REPEAT ?= 1
+MINUTES ?= 10
+SEED ?=
 ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -41,6 +43,9 @@ crash: setup ## Run the crash tests, slow ones too; REPEAT=10 runs them ten time
 		echo "crash tests, round $$round of $(REPEAT)"; \
 		$(BIN)/pytest -m crash $(ARGS); \
 	done
+
+chaos: setup ## Let everything go wrong under a mixed load, MINUTES=10 long, SEED=… says how
+	$(BIN)/python -m tests.crash.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 bench: setup ## Measure: runs per second, latency, recovery
 	$(BIN)/python -m benchmarks $(ARGS)

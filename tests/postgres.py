@@ -7,10 +7,12 @@ does not lose what the kernel holds, so crash tests may use such a cluster as we
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -33,6 +35,7 @@ SETTINGS = {
     "full_page_writes": "off",
     "cluster_name": "stepwell-tests",
     "log_lock_waits": "on",
+    "track_commit_timestamp": "on",  # tests/crash/checker.py compares these times with those of steps
 }
 
 
@@ -66,6 +69,27 @@ class Cluster:
         """Stop and start; `immediate` aborts all backends and recovers, as after a crash."""
         self.stop(mode)
         self.start()
+
+    def processes(self) -> list[int]:
+        """Return the process ids of the server, the postmaster's first."""
+        found = embedded.PidFile.read(self.server.data)
+        if found is None:
+            return []
+        children = Path(f"/proc/{found.pid}/task/{found.pid}/children")
+        return [found.pid, *map(int, children.read_text().split())] if children.exists() else [found.pid]
+
+    def freeze(self) -> None:
+        """Stop every process of the server where it is (SIGSTOP); `thaw` lets them go on."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let a frozen server go on; safe when it is not."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def url(self, dbname: str = "postgres") -> str:
         """Return the URL of a database, also while the server is down."""

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,20 +29,37 @@ class Held:
 
     pid: int
     supervisor_pid: int
+    worker: int = 0
+    """The worker's id in the database."""
+
+    @property
+    def application(self) -> str:
+        """The name of the worker's connections."""
+        return f"stepwell {self.worker}"
 
 
 class Fleet:
-    """Supervisors with their workers on one database. `home` holds the ledger and the gates."""
+    """Supervisors with their workers on one database. `home` holds the ledger and the gates.
 
-    def __init__(self, url: str, home: Path, *, app: Path = APP, **settings: Any) -> None:
+    `workers_url` is by which way the workers reach the database, if it is another one. With `metrics` each supervisor
+    serves its metrics.
+    """
+
+    def __init__(
+        self, url: str, home: Path, *, app: Path = APP, workers_url: str = "", metrics: bool = False,
+        environment: Mapping[str, str] | None = None, **settings: Any,
+    ) -> None:  # fmt: skip
         self.home = home
         self._app = app
+        self._url = url
+        self._arguments = ["--metrics-port", "0", "--metrics-host", "127.0.0.1"] if metrics else []
         self.db = psycopg.connect(url, autocommit=True)
         self.db.execute("create table saved (run uuid, name text, size int)")
         self._supervisors: list[subprocess.Popen[bytes]] = []
         self.environment = {
             **os.environ,
-            "STEPWELL_DATABASE_URL": url,
+            **(environment or {}),
+            "STEPWELL_DATABASE_URL": workers_url or url,
             "STEPWELL_TEST_HOME": str(home),
             "PYTHONPATH": str(ROOT),
             **{f"STEPWELL_{name.upper()}": str(value) for name, value in settings.items()},
@@ -53,7 +70,10 @@ class Fleet:
         before = self._count()
         log = (self.home / f"supervisor-{len(self._supervisors)}.log").open("wb")
         supervisor = subprocess.Popen(
-            [sys.executable, "-m", "worker.cli", "worker", str(self._app), "--processes", str(processes)],
+            [
+                sys.executable, "-m", "worker.cli", "worker", str(self._app), "--processes", str(processes),
+                *self._arguments,
+            ],
             env=self.environment, stdout=log, stderr=log, cwd=self.home,
         )  # fmt: skip
         log.close()
@@ -63,9 +83,19 @@ class Fleet:
         wait_until(lambda: self._count() >= before + processes, 30, what="the workers to register")
         return supervisor
 
+    def reconnect(self) -> None:
+        """Connect anew, where the server has ended our own connection."""
+        self.db.close()
+        self.db = psycopg.connect(self._url, autocommit=True)
+
+    @property
+    def living(self) -> list[subprocess.Popen[bytes]]:
+        """The supervisors that run."""
+        return [each for each in self._supervisors if each.poll() is None]
+
     def stop(self) -> None:
         """Drain every supervisor that lives; kill what does not end."""
-        living = [each for each in self._supervisors if each.poll() is None]
+        living = self.living
         for each in living:
             each.send_signal(signal.SIGTERM)
         for each in living:
@@ -97,12 +127,12 @@ class Fleet:
 
         def found() -> Any:
             return self.db.execute(
-                "select w.pid from stepwell.tasks t join stepwell.workers w on w.id = t.claimed_by where t.run_id = %s",
+                "select w.pid, w.id from stepwell.tasks t join stepwell.workers w on w.id = t.claimed_by where t.run_id = %s",
                 (run,),
             ).fetchone()
 
-        pid = int(wait_until(found, what="a worker to hold the run")[0])
-        return Held(pid, int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]))
+        pid, worker = wait_until(found, what="a worker to hold the run")
+        return Held(pid, parent_of(pid), worker)
 
     def wait_for(self, run: UUID, status: str, timeout: float = 30.0) -> None:
         wait_until(lambda: self.status(run) == status, timeout, what=f"the run to be {status}")
@@ -158,10 +188,13 @@ class Fleet:
 
     def kill_tree(self, supervisor_pid: int) -> None:
         """SIGKILL a supervisor together with its workers, so that none of them can do anything more."""
-        children = _children(supervisor_pid)
-        for pid in (supervisor_pid, *children):
+        self.signal_tree(supervisor_pid, signal.SIGKILL)
+
+    def signal_tree(self, supervisor_pid: int, number: signal.Signals) -> None:
+        """Send a signal to a supervisor and then to its workers."""
+        for pid in (supervisor_pid, *children_of(supervisor_pid)):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
 
     def _count(self) -> int:
         row = self.db.execute("select count(*) from stepwell.workers where dead_at is null").fetchone()
@@ -173,6 +206,12 @@ class Fleet:
         return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _children(pid: int) -> list[int]:
+def parent_of(pid: int) -> int:
+    """Return the process id of a process's parent."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the process ids of a process's children; of none, if it has gone."""
     path = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(child) for child in path.read_text().split()] if path.exists() else []
