@@ -4,7 +4,7 @@
 --                   counters, doorbell
 --   2. producers    the public functions, callable from any language inside the caller's transaction:
 --                   enqueue, enqueue_many, signal, cancel; for operators retry, rewind, fork, resolve, pause,
---                   resume; the view run_status
+--                   resume, forget; the view run_status
 --   3. claimants    the protocol of the workers: register, claim, flush, promote, shelve, reclaim
 --   4. roles        stepwell_producer, stepwell_worker, stepwell_viewer
 --
@@ -15,7 +15,8 @@
 --     claim changes nothing any more (invariant I8).
 --
 -- Payloads are json, not jsonb: the exact text that was encoded, so that a replay sees what the live
--- run saw. Times are those of the database's clock. `stepwell migrate` installs this file.
+-- run saw. One that was sealed by who wrote it is {"stepwell:sealed": {"k": id of the key, "d": data}}; nothing here
+-- looks into payloads, but that the input of a run is an object, and an error has a type. Times are those of the database's clock. `stepwell migrate` installs this file.
 
 create schema stepwell;
 
@@ -59,7 +60,6 @@ create table stepwell.runs (
     lane        text,
     labels      jsonb,
     input       json not null,
-    encoding    text not null default 'plain',     -- how input, output and the history's values are stored
     key         text,                              -- as in keys; a child's is made from its parent's
     parent_id   uuid,                              -- the run that has called this one
     parent_path int[],                             -- … and by which call; null once nobody waits for it any more
@@ -76,7 +76,8 @@ create table stepwell.runs (
     finished_at timestamptz,
     state       text not null default 'open',
     output      json,
-    error       json,                              -- {"type", "message", "data"?, "trace"?}
+    error       json,                              -- {"type", "message", "data"?, "trace"?}; sealed but for the type
+    forgotten_at timestamptz,                      -- when its payloads were erased: see forget
     constraint runs_workflow_named check (octet_length(workflow) between 1 and 255),
     constraint runs_priority_range check (priority between 0 and 9),
     constraint runs_input_object   check (json_typeof(input) = 'object'),
@@ -88,6 +89,8 @@ alter table stepwell.runs alter column input set storage external, alter column 
 
 -- A call makes one child, however often it is driven.
 create unique index runs_children on stepwell.runs (parent_id, parent_path) where parent_path is not null;
+-- Those that nobody waits for any more: they still hold what they were called with.
+create index runs_orphans on stepwell.runs (parent_id) where parent_id is not null and parent_path is null;
 
 -- Idempotency: the first run of a (workflow, key). Apart from runs, so that runs and outbox can be
 -- partitioned on the time-ordered id.
@@ -204,6 +207,8 @@ alter table stepwell.outbox alter column value set storage external;
 
 -- Finds the ends that somebody may have to look at without an index on runs that every end would touch.
 create index outbox_unhappy_ends on stepwell.outbox (outcome, at) where kind = 'run' and outcome <> 'succeeded';
+-- The forks of a run hold a copy of its payloads.
+create index outbox_forks on stepwell.outbox ((value ->> 'of')) where kind = 'epoch' and outcome = 'fork';
 
 -- What was sent to a run and not taken yet, first in, first out for each name: signals, and the results of
 -- children (name 'stepwell:child:' and the path of the call). A row is deleted by the flush that records it.
@@ -368,6 +373,14 @@ begin
     if enqueue_many.workflow is null or octet_length(enqueue_many.workflow) not between 1 and 255 then
         raise exception 'stepwell: the workflow name must have 1 to 255 bytes' using errcode = '22023';
     end if;
+    -- The tasks of steps, and of runs with a version, are named so: workers would take this run for one of them.
+    if enqueue_many.workflow like 'step:%' or position('@' in enqueue_many.workflow) > 0 then
+        raise exception 'stepwell: the workflow name must have no @ and not begin with "step:"' using errcode = '22023';
+    end if;
+    if octet_length(v_version) > 255 or octet_length(enqueue_many.lane) > 255
+       or octet_length(enqueue_many.tenant) > 255 then
+        raise exception 'stepwell: version, lane and tenant have at most 255 bytes each' using errcode = '22023';
+    end if;
     if octet_length(v_queue) not between 1 and 255 or v_queue = 'stepwell' then
         raise exception 'stepwell: the queue name must have 1 to 255 bytes and not be "stepwell"' using errcode = '22023';
     end if;
@@ -382,6 +395,17 @@ begin
     if not (isfinite(coalesce(enqueue_many.at, 'epoch')) and isfinite(coalesce(enqueue_many.delay, '0'))
             and isfinite(coalesce(enqueue_many.deadline, '0'))) then
         raise exception 'stepwell: at, delay and deadline must be finite' using errcode = '22023';
+    end if;
+    -- Many a language has no other years: it could not even list such a run among others.
+    if due not between '0001-01-02' and '9000-01-01'
+       or clock_timestamp() + enqueue_many.deadline not between '0001-01-02' and '9000-01-01' then
+        raise exception 'stepwell: at, delay and deadline must end between the years 1 and 9000' using errcode = '22023';
+    end if;
+    -- Whoever claims, lists or exports a run reads its labels: what jsonb holds beyond this, not everybody can.
+    if jsonb_typeof(enqueue_many.labels) <> 'object' or jsonb_path_exists(enqueue_many.labels, 'strict $.**{9}')
+       or jsonb_path_exists(enqueue_many.labels, '$.** ? (@.type() == "number" && @.abs() > 1e308)') then
+        raise exception 'stepwell: labels must be a JSON object, nested 8 levels deep at most, without numbers above 1e308'
+            using errcode = '22023';
     end if;
     if enqueue_many.keys is not null and cardinality(enqueue_many.keys) <> many then
         raise exception 'stepwell: % inputs but % keys', many, cardinality(enqueue_many.keys) using errcode = '22023';
@@ -627,6 +651,7 @@ begin
     if not found or r.state <> 'blocked' and undone(run) is not null then
         return null;
     end if;
+    perform refuse_forgotten(r);
     return reopen(run, 'retry');
 end
 $$;
@@ -656,6 +681,7 @@ begin
                        where c.run_id = run and c.kind not in ('wake', 'deliver') and c.state = 'claimed')) then
         return null;
     end if;
+    perform refuse_forgotten(r);
     if to_path is null or 0 >= any (to_path) then
         raise exception 'stepwell: the path of a call is one or more numbers from 1' using errcode = '22023';
     end if;
@@ -732,17 +758,26 @@ declare
     r        runs;
     made     constant uuid := new_id();
     moment   constant timestamptz := clock_timestamp();
+    -- Fingerprints are veiled by the key of the input.
+    sealed_with constant text := '^{"stepwell:sealed": ?{"k": ?"([A-Za-z0-9._-]+)"';
+    veiled_alike constant boolean := fork.input is null or coalesce((
+        select substring(x.input::text from sealed_with) is not distinct from substring(fork.input::text from sealed_with)
+        from runs x where x.id = fork.run), true);
     cut      int;
     last_seq int;
     opened   timestamptz;
 begin
-    select * into r from runs x where x.id = fork.run;
+    select * into r from runs x where x.id = fork.run for key share;    -- who forgets it waits, and finds the fork
     if not found then
         return null;
     end if;
+    perform refuse_forgotten(r);
     if coalesce(json_typeof(fork.input), 'object') <> 'object' then
         raise exception 'stepwell: the input of a run must be a JSON object, parameter name to value'
             using errcode = '22023', hint = 'for one parameter "lead": {"lead": ...}';
+    end if;
+    if octet_length(fork.version) > 255 then
+        raise exception 'stepwell: the version has at most 255 bytes' using errcode = '22023';
     end if;
     if from_path is null or 0 >= any (from_path) then
         raise exception 'stepwell: the path of a call is one or more numbers from 1' using errcode = '22023';
@@ -756,7 +791,8 @@ begin
     end if;
 
     insert into outbox (run_id, epoch, path, n, seq, kind, name, fingerprint, outcome, value, error, worker, at)
-    select made, o.epoch, o.path, o.n, o.seq, o.kind, o.name, o.fingerprint, o.outcome, o.value, o.error, o.worker, o.at
+    select made, o.epoch, o.path, o.n, o.seq, o.kind, o.name, case when veiled_alike then o.fingerprint end, o.outcome,
+           o.value, o.error, o.worker, o.at
     from outbox o
     where o.run_id = fork.run and o.epoch >= r.base_epoch and o.kind <> 'run' and (cut is null or o.seq < cut);
     select coalesce(max(o.seq), 0) + 1, coalesce(max(o.epoch), r.base_epoch) + 1,
@@ -769,10 +805,10 @@ begin
     -- Where a body has its time from before the first record: so it is that of the other run.
     select coalesce(max(o.at) filter (where o.kind = 'epoch'), r.created_at) into opened
     from outbox o where o.run_id = fork.run;
-    insert into runs (id, workflow, version, queue, priority, tenant, lane, labels, input, encoding, deadline_at, trace,
+    insert into runs (id, workflow, version, queue, priority, tenant, lane, labels, input, deadline_at, trace,
                       seed, epoch, base_epoch, key_epoch, created_at)
     values (made, r.workflow, coalesce(fork.version, r.version), r.queue, r.priority, r.tenant, r.lane, r.labels,
-            coalesce(fork.input, r.input), r.encoding, moment + (r.deadline_at - opened), r.trace,
+            coalesce(fork.input, r.input), moment + (r.deadline_at - opened), r.trace,
             coalesce(r.seed, r.id), r.epoch, r.base_epoch, r.key_epoch, r.created_at);
     insert into tasks (run_id, name, queue, priority, tenant, lane, fresh, seq, due_at)
     values (made, claimed_as(r.workflow, coalesce(fork.version, r.version)), r.queue, r.priority, r.tenant, r.lane, false,
@@ -807,10 +843,17 @@ begin
         raise exception 'stepwell: the error of a step is an object with the texts "type" and "message"'
             using errcode = '22023';
     end if;
+    -- Workers read it with the rest of the history, before they know whose it is; text that jsonb refuses, so would they.
+    if jsonb_path_exists(resolve.error::jsonb, 'strict $.**{99}')
+       or jsonb_path_exists(resolve.error::jsonb, '$.** ? (@.type() == "number" && @.abs() > 1e308)') then
+        raise exception 'stepwell: the error of a step is nested 98 levels deep at most, without numbers above 1e308'
+            using errcode = '22023';
+    end if;
     select * into r from runs x where x.id = resolve.run and x.state in ('failed', 'blocked') for update;
     if not found or r.state = 'failed' and undone(resolve.run) is not null then
         return null;
     end if;
+    perform refuse_forgotten(r);
     select * into known from standing(resolve.run) s
     where s.path = at_path and s.kind = 'step' order by s.seq desc limit 1;
     if not found then
@@ -940,6 +983,125 @@ begin
         returning t.queue, t.state)
     select array_agg(distinct r.queue) into rung from resumed r where r.state = 'ready';
     perform ring(q) from unnest(rung) q;
+end
+$$;
+
+-- A run whose payloads were erased cannot go on: nothing is there that it could go on from.
+create function stepwell.refuse_forgotten(r stepwell.runs) returns void
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+as $$
+begin
+    if r.forgotten_at is not null then
+        raise exception 'stepwell: run % was forgotten: nothing is left that it could go on from', r.id
+            using errcode = '55000';
+    end if;
+end
+$$;
+
+-- Everything that holds a copy of what came in under a key: the runs that were enqueued under it, what these have called,
+-- and the forks of any of them. Without a workflow, the key of each.
+create function stepwell.family_of(key text, workflow text default null) returns setof uuid
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set enable_seqscan = off set enable_bitmapscan = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+    family uuid[] := '{}';
+    latest uuid[];
+begin
+    -- One look-up for each workflow that has keys: there is no index on keys alone.
+    with recursive named (workflow) as (
+        (select k.workflow from keys k order by k.workflow limit 1)
+        union all
+        select (select k.workflow from keys k where k.workflow > n.workflow order by k.workflow limit 1)
+        from named n where n.workflow is not null)
+    select array_agg(k.run_id) into latest
+    from named n join keys k on k.workflow = n.workflow and k.key = family_of.key
+    where family_of.workflow is null or n.workflow = family_of.workflow;
+    while cardinality(latest) > 0 loop
+        family := family || latest;
+        latest := array(
+            select c.id from runs c where c.parent_id = any (latest) and c.parent_path is not null
+            union
+            select c.id from runs c where c.parent_id = any (latest) and c.parent_path is null
+            union
+            select o.run_id from outbox o
+            where o.kind = 'epoch' and o.outcome = 'fork' and o.value ->> 'of' = any (latest::text[])
+            except
+            select f from unnest(family) f);
+    end loop;
+    return query select f from unnest(family) f order by f;
+end
+$$;
+
+create function stepwell.forgotten_fault(error json) returns json
+    language sql immutable parallel safe
+as $$
+    select json_strip_nulls(json_build_object(
+        'type', error ->> 'type', 'message', 'forgotten', 'reason', error ->> 'reason'))
+    where error is not null
+$$;
+
+-- Erase what came in under a key, and what was made of it: the payloads of its family (see family_of), the key itself,
+-- labels and lane. What happened stays: names, outcomes, times. The key may be used again then, for a new run. Answers the
+-- runs; raises 55000 if one of them is open, or was called by a run that is not among them and so holds its result.
+--
+-- Each run is locked, until no more are found: one that has ended calls nothing, and a fork of it has to wait. A blocked
+-- one, which could never go on, is cancelled.
+create function stepwell.forget(key text, workflow text default null) returns uuid[]
+    language plpgsql
+    set search_path = pg_catalog, stepwell, pg_temp
+    set enable_seqscan = off set enable_bitmapscan = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+    marker constant json := '{"stepwell:forgotten":true}';
+    family uuid[] := '{}';
+    found_now uuid[];
+    r      runs;
+begin
+    loop
+        found_now := array(select f from family_of(forget.key, forget.workflow) f);
+        exit when found_now <@ family;
+        perform 1 from runs x where x.id = any (found_now) order by x.id for update;
+        family := found_now;
+    end loop;
+    for r in select * from runs x where x.id = any (family) order by x.id loop
+        if r.state = 'open' then
+            raise exception 'stepwell: run % is open: it can be forgotten when it has ended', r.id using errcode = '55000';
+        end if;
+        if r.parent_id is not null and not r.parent_id = any (family) then
+            raise exception 'stepwell: run % was called by run %, which holds its result: forget that one by its key',
+                r.id, r.parent_id using errcode = '55000';
+        end if;
+        if r.state = 'blocked' then
+            perform reopen(r.id, 'retry');
+            perform end_v1(null, array(
+                select t.id from tasks t
+                where t.run_id = r.id and t.path = '{}' and t.kind not in ('wake', 'deliver')), 'cancelled', null);
+        end if;
+    end loop;
+
+    delete from keys k using runs x
+    where x.id = any (family) and k.workflow = x.workflow and k.key = x.key and k.run_id = x.id;
+    update runs x
+    set input = marker, output = case when x.output is not null then marker end, error = forgotten_fault(x.error),
+        key = null, labels = null, lane = null, forgotten_at = clock_timestamp()
+    where x.id = any (family);
+    -- What was said when an epoch was opened is where from; of a fresh start it is the input.
+    update outbox o
+    set value = case when o.value is null or o.kind = 'epoch' and o.outcome <> 'continue' then o.value else marker end,
+        error = forgotten_fault(o.error), fingerprint = null
+    where o.run_id = any (family);
+    delete from signals s where s.run_id = any (family);
+    delete from state s where s.run_id = any (family);
+    delete from stream s where s.run_id = any (family);
+    delete from tasks t where t.run_id = any (family) and t.kind not in ('wake', 'deliver');
+    delete from tasks t                                        -- what would be told to a run that has ended
+    where t.state = 'ready' and t.queue = 'stepwell' and t.run_id = any (family) and t.kind = 'wake';
+    return family;
 end
 $$;
 

@@ -38,6 +38,7 @@ from outbox.errors import (
 from outbox.exchange import Progress, StreamItem
 from outbox.handles import AsyncRun, Run
 from outbox.history import HistoryRecord, RunInfo, TaskInfo
+from outbox.sealing import Sealed
 from outbox.settings import Settings
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "RunInfo",
     "RunNotFound",
     "SchemaError",
+    "Sealed",
     "Settings",
     "StepFailed",
     "StepwellError",

@@ -75,7 +75,7 @@ class AsyncClient(AsyncRepairs):
         **kwargs: Any,
     ) -> AsyncRun[R]:
         """Enqueue one run; see `Client.enqueue`."""
-        target = Target.of(workflow)
+        target = Target.of(workflow, self._runner.keyring)
         options = Options.of(
             queue=target.queue if queue is None else queue,
             priority=priority,
@@ -114,7 +114,7 @@ class AsyncClient(AsyncRepairs):
         chunk: int = 1000,
     ) -> AsyncIterator[AsyncRun[R]]:
         """Enqueue a run for each item and yield the runs; `inputs` may be asynchronous. See `Client.enqueue_many`."""
-        target = Target.of(workflow)
+        target = Target.of(workflow, self._runner.keyring)
         options = Options.of(
             queue=target.queue if queue is None else queue,
             priority=priority,
@@ -137,7 +137,7 @@ class AsyncClient(AsyncRepairs):
 
     async def get(self, run: UUID | str) -> RunInfo:
         """Return one run. Raises RunNotFound."""
-        return await self._runner.run(history.run_info(run_uuid(run)))
+        return await self._runner.run(history.run_info(run_uuid(run), self._runner.keyring))
 
     async def list(
         self,
@@ -148,12 +148,14 @@ class AsyncClient(AsyncRepairs):
     ) -> builtins.list[RunInfo]:
         """Return the newest runs first; `before` is the last id of the page before."""
         return await self._runner.run(
-            history.runs(workflow, status, limit, None if before is None else run_uuid(before))
+            history.runs(
+                workflow, status, limit, None if before is None else run_uuid(before), self._runner.keyring
+            )
         )
 
     async def history(self, run: UUID | str) -> builtins.list[HistoryRecord]:
         """Return what has happened in a run, in order; nothing for an unknown run."""
-        return await self._runner.run(history.history(run_uuid(run)))
+        return await self._runner.run(history.history(run_uuid(run), self._runner.keyring))
 
     async def tasks(self, run: UUID | str) -> builtins.list[TaskInfo]:
         """Return what is left to do for a run; nothing for one that has ended."""
@@ -161,7 +163,7 @@ class AsyncClient(AsyncRepairs):
 
     async def why(self, run: UUID | str) -> str | None:
         """Return the sentence that says why a run is not running; see `Client.why`."""
-        statement = reasons.situation(run_uuid(run))
+        statement = reasons.situation(run_uuid(run), self._runner.keyring)
         first = await self._runner.run(statement)
         if not first.needs_second_look():
             return reasons.explain(first)
@@ -173,7 +175,7 @@ class AsyncClient(AsyncRepairs):
     ) -> R:
         """Wait for the end of a run and return its result; see `Client.result`."""
         asked = run_uuid(run)
-        statement = outcome(asked)
+        statement = outcome(asked, self._runner.keyring)
         for pause in pauses(timeout):
             if (found := await self._runner.run(statement)) is not None:
                 return found.value(workflow)
@@ -190,16 +192,16 @@ class AsyncClient(AsyncRepairs):
         self, run: UUID | str, name: str, payload: Any = None, *, tx: AsyncTransaction | None = None
     ) -> bool:
         """Send a signal to a run; return whether it was open. See `Client.signal`."""
-        limit = self._runner.settings.max_payload_bytes
-        return await self._runner.run(exchange.signal(run_uuid(run), name, payload, limit), tx)
+        limit, keyring = self._runner.settings.max_payload_bytes, self._runner.keyring
+        return await self._runner.run(exchange.signal(run_uuid(run), name, payload, limit, keyring), tx)
 
     async def state(self, run: UUID | str) -> dict[str, Any]:
         """Return what a run shows of itself; see `Client.state`."""
-        return await self._runner.run(exchange.state(run_uuid(run)))
+        return await self._runner.run(exchange.state(run_uuid(run), self._runner.keyring))
 
     async def progress(self, run: UUID | str) -> Progress | None:
         """Return how far a run is; see `Client.progress`."""
-        return await self._runner.run(exchange.progress(run_uuid(run)))
+        return await self._runner.run(exchange.progress(run_uuid(run), self._runner.keyring))
 
     def stream(
         self,
@@ -211,7 +213,10 @@ class AsyncClient(AsyncRepairs):
         timeout: Duration | None = None,
     ) -> AsyncIterator[StreamItem]:
         """Yield what a run emits, live: ``async for item in client.stream(run)``. See `Client.stream`."""
-        return self._followed(Following(run_uuid(run), name, after, follow=follow, timeout=timeout))
+        following = Following(
+            run_uuid(run), name, after, follow=follow, timeout=timeout, keyring=self._runner.keyring
+        )
+        return self._followed(following)
 
     async def _followed(self, following: Following) -> AsyncIterator[StreamItem]:
         while not following.over:

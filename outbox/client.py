@@ -93,7 +93,7 @@ class Client(Repairs):
 
         Raises PayloadError for arguments that do not fit, ConfigError for options, SchemaError, UnknownWorkflow.
         """
-        target = Target.of(workflow)
+        target = Target.of(workflow, self._runner.keyring)
         options = Options.of(
             queue=target.queue if queue is None else queue,
             priority=priority,
@@ -140,7 +140,7 @@ class Client(Repairs):
         Raises PayloadError for an item, naming its number; what was yielded before stays, the item's own chunk is
         not sent.
         """
-        target = Target.of(workflow)
+        target = Target.of(workflow, self._runner.keyring)
         options = Options.of(
             queue=target.queue if queue is None else queue,
             priority=priority,
@@ -163,7 +163,7 @@ class Client(Repairs):
 
     def get(self, run: UUID | str) -> RunInfo:
         """Return one run. Raises RunNotFound."""
-        return self._runner.run(history.run_info(run_uuid(run)))
+        return self._runner.run(history.run_info(run_uuid(run), self._runner.keyring))
 
     def list(
         self,
@@ -174,12 +174,14 @@ class Client(Repairs):
     ) -> builtins.list[RunInfo]:
         """Return the newest runs first; `before` is the last id of the page before."""
         return self._runner.run(
-            history.runs(workflow, status, limit, None if before is None else run_uuid(before))
+            history.runs(
+                workflow, status, limit, None if before is None else run_uuid(before), self._runner.keyring
+            )
         )
 
     def history(self, run: UUID | str) -> builtins.list[HistoryRecord]:
         """Return what has happened in a run, in order; nothing for an unknown run."""
-        return self._runner.run(history.history(run_uuid(run)))
+        return self._runner.run(history.history(run_uuid(run), self._runner.keyring))
 
     def tasks(self, run: UUID | str) -> builtins.list[TaskInfo]:
         """Return what is left to do for a run; nothing for one that has ended."""
@@ -190,7 +192,7 @@ class Client(Repairs):
 
         Takes a second look after a beat when only that shows whether a worker is alive. Raises RunNotFound.
         """
-        statement = reasons.situation(run_uuid(run))
+        statement = reasons.situation(run_uuid(run), self._runner.keyring)
         first = self._runner.run(statement)
         if not first.needs_second_look():
             return reasons.explain(first)
@@ -206,7 +208,7 @@ class Client(Repairs):
         ResultTimeout, RunNotFound.
         """
         asked = run_uuid(run)
-        statement = outcome(asked)
+        statement = outcome(asked, self._runner.keyring)
         for pause in pauses(timeout):
             if (found := self._runner.run(statement)) is not None:
                 return found.value(workflow)
@@ -231,16 +233,16 @@ class Client(Repairs):
         a JSON form. Raises ConfigError for the name, PayloadError. When the connection breaks it is not sent again:
         each signal is taken once, so sending it twice is not the same as once.
         """
-        limit = self._runner.settings.max_payload_bytes
-        return self._runner.run(exchange.signal(run_uuid(run), name, payload, limit), tx)
+        limit, keyring = self._runner.settings.max_payload_bytes, self._runner.keyring
+        return self._runner.run(exchange.signal(run_uuid(run), name, payload, limit, keyring), tx)
 
     def state(self, run: UUID | str) -> dict[str, Any]:
         """Return what a run shows of itself by `set_state` and `progress`: key to value. Raises RunNotFound."""
-        return self._runner.run(exchange.state(run_uuid(run)))
+        return self._runner.run(exchange.state(run_uuid(run), self._runner.keyring))
 
     def progress(self, run: UUID | str) -> Progress | None:
         """Return how far a run is, None if its body does not say. Raises RunNotFound."""
-        return self._runner.run(exchange.progress(run_uuid(run)))
+        return self._runner.run(exchange.progress(run_uuid(run), self._runner.keyring))
 
     def stream(
         self,
@@ -259,7 +261,10 @@ class Client(Repairs):
 
         Raises ResultTimeout, RunNotFound; how the run has ended is for `result` to say.
         """
-        return self._followed(Following(run_uuid(run), name, after, follow=follow, timeout=timeout))
+        following = Following(
+            run_uuid(run), name, after, follow=follow, timeout=timeout, keyring=self._runner.keyring
+        )
+        return self._followed(following)
 
     def _followed(self, following: Following) -> Iterator[StreamItem]:
         while not following.over:

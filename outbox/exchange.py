@@ -12,10 +12,11 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from outbox.codec import decode, encode
+from outbox.codec import encode
 from outbox.errors import ConfigError, ResultTimeout, RunNotFound
 from outbox.outcomes import pauses
 from outbox.queries import load
+from outbox.sealing import NO_KEYS, Keyring
 from outbox.statements import Duration, Rows, Statement, exchanged_name, seconds_of
 
 PROGRESS = "progress"
@@ -77,7 +78,14 @@ class Following:
     """
 
     def __init__(
-        self, run: UUID, name: str | None, after: int, *, follow: bool, timeout: Duration | None
+        self,
+        run: UUID,
+        name: str | None,
+        after: int,
+        *,
+        follow: bool,
+        timeout: Duration | None,
+        keyring: Keyring = NO_KEYS,
     ) -> None:
         if name is not None:
             exchanged_name(name, "stream", ConfigError)
@@ -87,13 +95,13 @@ class Following:
             seconds_of(timeout, "timeout")
         self.over = False
         self._run, self._name, self._position = run, name, after
-        self._follow, self._timeout = follow, timeout
+        self._follow, self._timeout, self._keyring = follow, timeout, keyring
         self._pauses: Iterator[float] | None = None
         self._again = False
 
     def statement(self) -> Statement[Page]:
         """Return the next look."""
-        return emitted(self._run, self._name, self._position)
+        return emitted(self._run, self._name, self._position, self._keyring)
 
     def take(self, page: Page) -> Sequence[StreamItem]:
         """Take note of what a look has found, and return its items."""
@@ -120,22 +128,22 @@ class Following:
 # -- statements --------------------------------------------------------------------------------------
 
 
-def signal(run: UUID, name: str, payload: Any, max_bytes: int) -> Statement[bool]:
+def signal(run: UUID, name: str, payload: Any, max_bytes: int, keyring: Keyring = NO_KEYS) -> Statement[bool]:
     """Send a signal; answers whether the run was open. Raises ConfigError for the name, PayloadError."""
     exchanged_name(name, "signal", ConfigError)
     text = encode(payload, where=f"the payload of signal {name!r}", max_bytes=max_bytes)
-    parameters = {"run": run, "name": name, "payload": text}
+    parameters = {"run": run, "name": name, "payload": keyring.seal(text, "signal", name)}
     return Statement(load("signal"), parameters, lambda rows: bool(rows[0][0]), repeatable=False)
 
 
-def state(run: UUID) -> Statement[dict[str, Any]]:
+def state(run: UUID, keyring: Keyring = NO_KEYS) -> Statement[dict[str, Any]]:
     """Read what a run shows of itself. Raises RunNotFound."""
-    return _state(run, None)
+    return _state(run, None, keyring)
 
 
-def progress(run: UUID) -> Statement[Progress | None]:
+def progress(run: UUID, keyring: Keyring = NO_KEYS) -> Statement[Progress | None]:
     """Read how far a run is, None if it does not say. Raises RunNotFound."""
-    every = _state(run, PROGRESS)
+    every = _state(run, PROGRESS, keyring)
     return Statement(every.sql, every.parameters, lambda rows: progress_of(every.decode(rows).get(PROGRESS)))
 
 
@@ -147,7 +155,7 @@ def progress_of(value: Any) -> Progress | None:
     return Progress(value["done"], total) if total is None or _is_figure(total) else None
 
 
-def emitted(run: UUID, name: str | None, after: int) -> Statement[Page]:
+def emitted(run: UUID, name: str | None, after: int, keyring: Keyring = NO_KEYS) -> Statement[Page]:
     """Read what a run has emitted after a position, and whether it has ended. Raises RunNotFound."""
     parameters = {
         "run": run, "name": name, "epoch": after >> _N_BITS, "n": after & ((1 << _N_BITS) - 1), "limit": PAGE,
@@ -156,10 +164,10 @@ def emitted(run: UUID, name: str | None, after: int) -> Statement[Page]:
     def read(rows: Rows) -> Page:
         if not rows:
             raise _unknown(run)
-        state = rows[0][0]
+        state, where = rows[0][0], f"what run {run} has emitted"
         found = [row[1:] for row in rows if row[1] is not None]
         items = tuple(
-            StreamItem(epoch << _N_BITS | n, n, of, decode(text, where=f"what run {run} has emitted"), at)
+            StreamItem(epoch << _N_BITS | n, n, of, keyring.shown(text, "stream", of, where=where), at)
             for epoch, n, of, text, at in found
             if text is not None
         )
@@ -169,12 +177,12 @@ def emitted(run: UUID, name: str | None, after: int) -> Statement[Page]:
     return Statement(load("run_stream"), parameters, read)
 
 
-def _state(run: UUID, key: str | None) -> Statement[dict[str, Any]]:
+def _state(run: UUID, key: str | None, keyring: Keyring) -> Statement[dict[str, Any]]:
     def read(rows: Rows) -> dict[str, Any]:
         if not rows:
             raise _unknown(run)
         return {
-            key: decode(text, where=f"the state {key!r} of run {run}")
+            key: keyring.shown(text, "state", key, where=f"the state {key!r} of run {run}")
             for key, text in rows
             if key is not None
         }

@@ -10,9 +10,10 @@ from uuid import UUID
 
 from outbox.codec import decode
 from outbox.errors import ConfigError, RunNotFound
-from outbox.exchange import Progress, progress_of
+from outbox.exchange import PROGRESS, Progress, progress_of
 from outbox.queries import load
-from outbox.statements import Rows, Statement
+from outbox.sealing import NO_KEYS, Keyring
+from outbox.statements import Rows, Statement, sought_text
 
 STATUSES = ("pending", "running", "waiting", "paused", "succeeded", "failed", "cancelled", "blocked")
 MAX_LIST = 10_000
@@ -123,32 +124,41 @@ def dotted(path: Sequence[int]) -> str:
 # -- statements --------------------------------------------------------------------------------------
 
 
-def run_info(run: UUID) -> Statement[RunInfo]:
+def run_info(run: UUID, keyring: Keyring = NO_KEYS) -> Statement[RunInfo]:
     """Read one run. Raises RunNotFound."""
 
     def read(rows: Rows) -> RunInfo:
         if not rows:
             raise not_found(run)
-        return _run_info(rows[0])
+        return _run_info(rows[0], keyring)
 
     return Statement(load("run_info"), {"run": run}, read)
 
 
 def runs(
-    workflow: str | None, status: str | None, limit: int, before: UUID | None
+    workflow: str | None,
+    status: str | None,
+    limit: int,
+    before: UUID | None,
+    keyring: Keyring = NO_KEYS,
 ) -> Statement[list[RunInfo]]:
     """Read the newest runs, newest first, older than run `before`."""
     if status is not None and status not in STATUSES:
         raise ConfigError(f"status must be one of {', '.join(STATUSES)}, got {status!r}")
     if not 1 <= limit <= MAX_LIST:
         raise ConfigError(f"limit must be 1 to {MAX_LIST:,}, got {limit!r}; page with before=")
-    parameters = {"workflow": workflow, "status": status, "limit": limit, "before": before}
-    return Statement(load("list_runs"), parameters, lambda rows: [_run_info(row) for row in rows])
+    sought = sought_text(workflow, "the workflow name")
+    parameters = {"workflow": sought, "status": status, "limit": limit, "before": before}
+    return Statement(load("list_runs"), parameters, lambda rows: [_run_info(row, keyring) for row in rows])
 
 
-def history(run: UUID) -> Statement[list[HistoryRecord]]:
+def history(run: UUID, keyring: Keyring = NO_KEYS) -> Statement[list[HistoryRecord]]:
     """Read what has happened in a run, in order; nothing for an unknown run."""
-    return Statement(load("run_history"), {"run": run}, lambda rows: [_record(run, row) for row in rows])
+
+    def read(rows: Rows) -> list[HistoryRecord]:
+        return [_record(run, row, keyring) for row in rows]
+
+    return Statement(load("run_history"), {"run": run}, read)
 
 
 def tasks(run: UUID) -> Statement[list[TaskInfo]]:
@@ -164,10 +174,11 @@ def not_found(run: UUID) -> RunNotFound:
 # -- rows --------------------------------------------------------------------------------------------
 
 
-def _run_info(row: Sequence[Any]) -> RunInfo:
+def _run_info(row: Sequence[Any], keyring: Keyring) -> RunInfo:
     (run, workflow, status, queue, priority, labels, epoch, created_at, started_at, finished_at, deadline_at,
      given, output, error, attempt, doing, due_at, task_state, claimed_by, interruptions, version, parent,
      progress, key) = row  # fmt: skip
+    where = f"a value of run {run}"
     return RunInfo(
         id=UUID(run),
         workflow=workflow,
@@ -180,9 +191,9 @@ def _run_info(row: Sequence[Any]) -> RunInfo:
         started_at=started_at,
         finished_at=finished_at,
         deadline_at=deadline_at,
-        input=_json(given, run),
-        output=_json(output, run),
-        error=_json(error, run),
+        input=keyring.shown(given, "input", workflow, where=where),
+        output=None if output is None else keyring.shown(output, "output", workflow, where=where),
+        error=None if error is None else keyring.shown_fault(error, where=where),
         attempt=attempt,
         doing=_path(doing),
         due_at=due_at,
@@ -191,13 +202,17 @@ def _run_info(row: Sequence[Any]) -> RunInfo:
         interruptions=interruptions,
         version=version,
         parent=None if parent is None else UUID(parent),
-        progress=progress_of(_json(progress, run)),
+        progress=progress_of(
+            None if progress is None else keyring.shown(progress, "state", PROGRESS, where=where)
+        ),
         key=key,
     )
 
 
-def _record(run: UUID, row: Sequence[Any]) -> HistoryRecord:
+def _record(run: UUID, row: Sequence[Any], keyring: Keyring) -> HistoryRecord:
     seq, epoch, path, n, kind, name, outcome, value, error, fingerprint, worker, at = row
+    where = f"a value of run {run}"
+    of = "input" if kind == "epoch" else kind  # a fresh start records what it starts with
     return HistoryRecord(
         seq,
         epoch,
@@ -206,8 +221,8 @@ def _record(run: UUID, row: Sequence[Any]) -> HistoryRecord:
         kind,
         name,
         outcome,
-        _json(value, run),
-        _json(error, run),
+        None if value is None else keyring.shown(value, of, name, where=where),
+        None if error is None else keyring.shown_fault(error, where=where),
         fingerprint,
         worker,
         at,

@@ -20,7 +20,8 @@ from typing_extensions import TypeVar
 
 from outbox.codec import Signature, encode
 from outbox.errors import ConfigError, PayloadError, UnknownWorkflow
-from outbox.statements import Key, key_text, name_text
+from outbox.sealing import NO_KEYS, Keyring
+from outbox.statements import Key, key_text, workflow_text
 
 R_co = TypeVar("R_co", covariant=True, default=Any)
 R = TypeVar("R", default=Any)
@@ -63,19 +64,20 @@ class Target:
     published: Mapping[str, Any] | None = None
     version: str | None = None
     """its own if it is given by function; None for the one that was published last"""
+    keyring: Keyring = NO_KEYS
 
     @classmethod
-    def of(cls, workflow: WorkflowLike[Any] | str) -> Target:
+    def of(cls, workflow: WorkflowLike[Any] | str, keyring: Keyring = NO_KEYS) -> Target:
         """Return the target for a workflow function or a name; raises ConfigError for anything else."""
         if isinstance(workflow, str):
-            return cls(name_text(workflow, "the workflow name"))
+            return cls(workflow_text(workflow), keyring=keyring)
         signature = getattr(workflow, "signature", None)
         if not isinstance(signature, Signature) or not hasattr(workflow, "queue"):
             shown = getattr(workflow, "__qualname__", None) or type(workflow).__qualname__
             raise ConfigError(
                 f"{shown} is no workflow: decorate it with @workflow, or pass the name of one as a str"
             )
-        return cls(workflow.name, workflow.queue, signature, version=workflow.version)
+        return cls(workflow.name, workflow.queue, signature, version=workflow.version, keyring=keyring)
 
     def needs_names(self, args: tuple[Any, ...]) -> bool:
         """Tell whether these positional arguments can be named only by a published schema."""
@@ -84,8 +86,11 @@ class Target:
     def encode(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], max_bytes: int, where: str = ""
     ) -> str:
-        """Return the input object as JSON text; raises PayloadError naming the field."""
-        where = where or f"input of workflow {self.name!r}"
+        """Return the input object as JSON text, sealed if there is a key; raises PayloadError naming the field."""
+        text = self._encoded(args, kwargs, max_bytes, where or f"input of workflow {self.name!r}")
+        return self.keyring.seal(text, "input", self.name)
+
+    def _encoded(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], max_bytes: int, where: str) -> str:
         if self.signature is not None:
             return self.signature.encode_arguments(args, kwargs, where=where, max_bytes=max_bytes)
         if not args:

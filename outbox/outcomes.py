@@ -12,27 +12,30 @@ from uuid import UUID
 from typing_extensions import TypeVar
 
 from outbox.codec import decode
-from outbox.errors import ResultTimeout, RunBlocked, RunCancelled, RunFailed, RunNotFound
+from outbox.errors import ResultTimeout, RunBlocked, RunCancelled, RunConflict, RunFailed, RunNotFound
 from outbox.invocations import WorkflowLike
 from outbox.queries import load
+from outbox.sealing import NO_KEYS, Keyring
 from outbox.statements import Duration, Rows, Statement, seconds_of
 
 R = TypeVar("R", default=Any)
 
 FIRST_PAUSE_SECONDS = 0.02
 LONGEST_PAUSE_SECONDS = 0.5
+FORGOTTEN = '{"stepwell:forgotten":true}'
+"""What stands in place of a payload that was erased."""
 
 _UNHAPPY = {"failed": RunFailed, "cancelled": RunCancelled, "blocked": RunBlocked}
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The end of a run, as recorded: `output` and `error` are JSON text."""
+    """The end of a run: `output` is JSON text, opened, `error` the recorded fault."""
 
     run: UUID
     state: str
     output: str | None
-    error: str | None
+    error: dict[str, Any] | None
 
     def value(self, workflow: WorkflowLike[R] | None) -> R:
         """Return the output: plain JSON, or as `workflow` annotates it.
@@ -40,11 +43,10 @@ class Outcome:
         Raises RunFailed, RunCancelled or RunBlocked for a run that did not succeed.
         """
         if self.state in _UNHAPPY:
-            where = f"error of run {self.run}"
-            raise _UNHAPPY[self.state](
-                self.run, None if self.error is None else decode(self.error, where=where)
-            )
+            raise _UNHAPPY[self.state](self.run, self.error)
         text, where = self.output or "null", f"output of run {self.run}"
+        if text == FORGOTTEN:
+            raise RunConflict(f"run {self.run} was forgotten: its result is not there any more")
         value: R = (
             decode(text, where=where)
             if workflow is None
@@ -53,14 +55,19 @@ class Outcome:
         return value
 
 
-def outcome(run: UUID) -> Statement[Outcome | None]:
-    """Read how a run ended, None while it is open. Raises RunNotFound."""
+def outcome(run: UUID, keyring: Keyring = NO_KEYS) -> Statement[Outcome | None]:
+    """Read how a run ended, None while it is open. Raises RunNotFound, PayloadError for an output without its key."""
 
     def read(rows: Rows) -> Outcome | None:
         if not rows:
             raise RunNotFound(f"there is no run {run}, or the transaction that enqueues it has not committed")
-        state, output, error = rows[0]
-        return None if state == "open" else Outcome(run, state, output, error)
+        state, output, error, workflow = rows[0]
+        if state == "open":
+            return None
+        if output is not None:
+            output = keyring.open(output, "output", workflow, where=f"output of run {run}")
+        fault = None if error is None else keyring.shown_fault(error, where=f"error of run {run}")
+        return Outcome(run, state, output, fault)
 
     return Statement(load("run_outcome"), {"run": run}, read)
 

@@ -55,6 +55,8 @@ def encode(
     text = raw.decode()
     if _NUL in text and (found := _fault_in(value, where)):
         raise found
+    if text.startswith(_RESERVED):
+        raise fault(where, "", 'begins with a field named "stepwell:…", and such names are Stepwell\'s own')
     return text
 
 
@@ -132,7 +134,7 @@ def finding_of(error: Exception) -> tuple[str, str]:
     ):
         return "", f"is not valid JSON: {str(error).removeprefix('JSON is malformed: ')}"
     if not isinstance(error, msgspec.ValidationError):
-        return "", f"{type(error).__name__}: {error}"
+        return "", _told(error)
     reason, *paths = str(error).split(" - at `")
     # A pydantic model reports its own path first, msgspec adds the one to the model after it.
     field = "".join(_as_field(path) for path in reversed(paths))
@@ -288,6 +290,8 @@ def _fault_in(value: Any, where: str, error: Exception | None = None) -> Payload
                 return fault(where, path.lstrip("."), reason)
     except RecursionError:
         return fault(where, "", "refers to itself, or is nested too deeply")
+    except Exception:  # noqa: BLE001 - the caller's own classes run in here: properties, iterators
+        return None
     return None
 
 
@@ -304,7 +308,14 @@ def _refusal_of(node: Any) -> str | None:
 
 
 def _unexplained(where: str, error: Exception) -> PayloadError:
-    return fault(where, "", f"{type(error).__name__}: {error}")
+    return fault(where, "", _told(error))
+
+
+def _told(error: Exception) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - the caller's own __str__
+        return type(error).__name__
 
 
 def _too_large(value: Any, where: str, size: int, max_bytes: int) -> PayloadError:
@@ -395,6 +406,7 @@ _KEY_TYPES = (
 )
 _MAX_BITS = 13_287  # 4,000 digits; Python itself converts at most 4,300 from and to text
 _NUL = "\\u0000"
+_RESERVED = '{"stepwell:'  # how a value begins that is sealed, or that was forgotten
 _ANY: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 _ENCODER = msgspec.json.Encoder(enc_hook=to_json)
 _ORDERED = msgspec.json.Encoder(enc_hook=to_json, order="deterministic")

@@ -16,6 +16,7 @@ from uuid import UUID
 from outbox.codec import decode
 from outbox.history import dotted, not_found
 from outbox.queries import load
+from outbox.sealing import NO_KEYS, Keyring
 from outbox.statements import Rows, Statement
 
 COUNTED_AHEAD = 10_000
@@ -87,7 +88,7 @@ class Situation:
 
     run: UUID
     state: str
-    error: str | None
+    error: Mapping[str, Any] | None
     now: datetime
     task_state: str | None
     queue: str
@@ -102,7 +103,7 @@ class Situation:
     cancel_asked: bool
     step: str | None
     failures: int
-    last_error: str | None
+    last_error: Mapping[str, Any] | None
     ahead: int
     workers: tuple[Worker, ...]
     version: str = ""
@@ -127,7 +128,7 @@ class Situation:
         )
 
 
-def situation(run: UUID) -> Statement[Situation]:
+def situation(run: UUID, keyring: Keyring = NO_KEYS) -> Statement[Situation]:
     """Read what `explain` judges. Raises RunNotFound."""
 
     def read(rows: Rows) -> Situation:
@@ -139,7 +140,7 @@ def situation(run: UUID) -> Statement[Situation]:
         return Situation(
             run=run,
             state=state,
-            error=error,
+            error=_fault(error, keyring),
             now=now,
             task_state=task_state,
             queue=queue or "",
@@ -154,7 +155,7 @@ def situation(run: UUID) -> Statement[Situation]:
             cancel_asked=cancel_asked,
             step=step,
             failures=failures or 0,
-            last_error=last_error,
+            last_error=_fault(last_error, keyring),
             ahead=ahead or 0,
             workers=() if workers is None else decode(workers, tuple[Worker, ...], where="the workers"),
             version=version,
@@ -378,8 +379,12 @@ def _span(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
-def _cause(error: str | None) -> str:
+def _fault(error: str | None, keyring: Keyring) -> Mapping[str, Any] | None:
+    return None if error is None else keyring.shown_fault(error, where="a recorded error")
+
+
+def _cause(error: Mapping[str, Any] | None) -> str:
     """Return ': type: message' of a recorded fault, shortened."""
-    fault: Mapping[str, Any] = {} if error is None else decode(error, where="a recorded error")
+    fault = error or {}
     said = ": ".join(str(fault[part]) for part in ("type", "message") if fault.get(part))
     return f": {said[:LONGEST_MESSAGE]}{'…' if len(said) > LONGEST_MESSAGE else ''}" if said else ""

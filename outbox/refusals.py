@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 import psycopg
 
-from outbox.errors import ConfigError, PayloadError, SchemaError, StepwellError
+from outbox.errors import ConfigError, PayloadError, RunConflict, SchemaError, StepwellError
 
 _INVALID_ARGUMENT = "22023"
 _NO_PRIVILEGE = "42501"
+_NOT_IN_THAT_STATE = "55000"
 # schema, table, function, column, type, parameter: not there
 _UNDEFINED = frozenset({"3F000", "42P01", "42883", "42703", "42704"})
 
@@ -38,8 +39,10 @@ def meaning(error: psycopg.Error) -> StepwellError | None:
     state = error.sqlstate or ""
     if state == _INVALID_ARGUMENT and said.startswith("stepwell: "):
         hint = f" ({error.diag.message_hint})" if error.diag.message_hint else ""
-        about_data = "input" in said or "key" in said
+        about_data = any(word in said for word in ("input", "key", "labels"))
         return (PayloadError if about_data else ConfigError)(said.removeprefix("stepwell: ") + hint)
+    if state == _NOT_IN_THAT_STATE and said.startswith("stepwell: "):
+        return RunConflict(said.removeprefix("stepwell: "))
     if state in _UNDEFINED and "stepwell" in said:
         return SchemaError(
             f"this database has no Stepwell schema, or an older one ({said}): run `stepwell migrate`"

@@ -8,13 +8,14 @@ from typing import Any
 from uuid import UUID
 
 from outbox import repairs
+from outbox.history import run_info
 from outbox.repairs import MOST_FOUND, RUNS_AT_ONCE, Action, CallPath
 from outbox.runners import AsyncRunner, Runner
-from outbox.statements import Duration, run_uuid
+from outbox.statements import Duration, Key, run_uuid
 
 
 class Repairs:
-    """Retry, rewind, fork, resolve, pause and resume runs. Needs the rights of stepwell_worker."""
+    """Retry, rewind, fork, resolve, pause, resume and forget runs. Needs the rights of stepwell_worker."""
 
     _runner: Runner
 
@@ -48,8 +49,11 @@ class Repairs:
         With the same input and version, or with others. `run` may be in any state, and is left as it is. Raises
         RunNotFound, ConfigError for a call that the run has not come to, PayloadError.
         """
-        limit = self._runner.settings.max_payload_bytes
-        return self._runner.run(repairs.fork(run_uuid(run), path, input, version, limit))
+        limit, keyring = self._runner.settings.max_payload_bytes, self._runner.keyring
+        asked = run_uuid(run)
+        sealing = bool(keyring) and input is not None
+        workflow = self._runner.run(run_info(asked)).workflow if sealing else ""
+        return self._runner.run(repairs.fork(asked, path, input, version, limit, keyring, workflow))
 
     def resolve(
         self,
@@ -64,8 +68,10 @@ class Repairs:
         With `error`, a message or a mapping with "type" and "message", the step has failed; else its result is `value`.
         Raises RunConflict unless the run is blocked or failed, RunNotFound, ConfigError, PayloadError.
         """
-        limit = self._runner.settings.max_payload_bytes
-        return self._runner.run(repairs.resolve(run_uuid(run), path, value, error, limit))
+        limit, keyring = self._runner.settings.max_payload_bytes, self._runner.keyring
+        asked = run_uuid(run)
+        step = self._runner.run(repairs.step_at(asked, path)) if keyring else ""
+        return self._runner.run(repairs.resolve(asked, path, value, error, limit, keyring, step))
 
     def pause(self, run: UUID | str) -> bool:
         """Stop a run until it is resumed; return whether it was open.
@@ -78,6 +84,16 @@ class Repairs:
     def resume(self, run: UUID | str) -> bool:
         """Have a paused run go on; return whether it was paused."""
         return self._runner.run(repairs.changed("resume", [run_uuid(run)])) != []
+
+    def forget(self, key: Key, *, workflow: str | None = None) -> list[UUID]:
+        """Erase what came in under an idempotency key, and what was made of it; return the runs.
+
+        Of the runs of this key, of all that these have called, and of the forks of any of them: inputs, results, what
+        their steps returned, messages and data of errors, signals, state and streams, labels and lanes, and the key
+        itself, which is free again. What happened stays: names, outcomes, times. Such a run cannot go on any more. Without
+        `workflow`, the key of all. Raises RunConflict while one of them is open: cancel it first.
+        """
+        return self._runner.run(repairs.forget(key, workflow))
 
     def find(
         self,
@@ -127,8 +143,11 @@ class AsyncRepairs:
         version: str | None = None,
     ) -> UUID:
         """Make a run that goes on from a call of another one; return its id. See `Client.fork`."""
-        limit = self._runner.settings.max_payload_bytes
-        return await self._runner.run(repairs.fork(run_uuid(run), path, input, version, limit))
+        limit, keyring = self._runner.settings.max_payload_bytes, self._runner.keyring
+        asked = run_uuid(run)
+        sealing = bool(keyring) and input is not None
+        workflow = (await self._runner.run(run_info(asked))).workflow if sealing else ""
+        return await self._runner.run(repairs.fork(asked, path, input, version, limit, keyring, workflow))
 
     async def resolve(
         self,
@@ -139,8 +158,10 @@ class AsyncRepairs:
         error: str | Mapping[str, Any] | None = None,
     ) -> int:
         """Say how a step ended; return the run's new epoch. See `Client.resolve`."""
-        limit = self._runner.settings.max_payload_bytes
-        return await self._runner.run(repairs.resolve(run_uuid(run), path, value, error, limit))
+        limit, keyring = self._runner.settings.max_payload_bytes, self._runner.keyring
+        asked = run_uuid(run)
+        step = await self._runner.run(repairs.step_at(asked, path)) if keyring else ""
+        return await self._runner.run(repairs.resolve(asked, path, value, error, limit, keyring, step))
 
     async def pause(self, run: UUID | str) -> bool:
         """Stop a run until it is resumed; return whether it was open. See `Client.pause`."""
@@ -149,6 +170,10 @@ class AsyncRepairs:
     async def resume(self, run: UUID | str) -> bool:
         """Have a paused run go on; return whether it was paused."""
         return await self._runner.run(repairs.changed("resume", [run_uuid(run)])) != []
+
+    async def forget(self, key: Key, *, workflow: str | None = None) -> list[UUID]:
+        """Erase what came in under an idempotency key; return the runs. See `Client.forget`."""
+        return await self._runner.run(repairs.forget(key, workflow))
 
     async def find(
         self,

@@ -1,4 +1,5 @@
-"""What operators ask for runs that went wrong, as statements: retry, rewind, fork, resolve, pause, resume. No I/O here.
+"""What operators ask for runs that went wrong, as statements: retry, rewind, fork, resolve, pause, resume, and
+forget. No I/O here.
 
 They are functions of the database (see schema.sql) and need the rights of stepwell_worker. For many runs at once,
 `matching` finds them, and the statements in bulk change some hundred of them in one transaction.
@@ -12,9 +13,10 @@ from uuid import UUID
 
 from outbox.codec import encode
 from outbox.errors import ConfigError, PayloadError, RunConflict
-from outbox.history import STATUSES, dotted, not_found
+from outbox.history import STATUSES, dotted, history, not_found
 from outbox.queries import load
-from outbox.statements import Duration, Rows, Statement, name_text, seconds_of
+from outbox.sealing import MEMBER, NO_KEYS, Keyring
+from outbox.statements import Duration, Key, Rows, Statement, key_text, name_text, seconds_of, sought_text
 
 CallPath = str | int | Sequence[int]
 """A call of a run: ``"3.1.2"``, ``3`` or ``(3, 1, 2)``."""
@@ -85,9 +87,18 @@ def rewind(run: UUID, path: CallPath) -> Statement[int]:
 
 
 def fork(
-    run: UUID, path: CallPath, input: Mapping[str, Any] | None, version: str | None, max_bytes: int
+    run: UUID,
+    path: CallPath,
+    input: Mapping[str, Any] | None,
+    version: str | None,
+    max_bytes: int,
+    keyring: Keyring = NO_KEYS,
+    workflow: str = "",
 ) -> Statement[UUID]:
-    """Make a run that goes on from a call of another one; answers its id. Raises RunNotFound, ConfigError, PayloadError."""
+    """Make a run that goes on from a call of another one; answers its id. Raises RunNotFound, ConfigError, PayloadError.
+
+    Another input is sealed as one of `workflow`.
+    """
     if input is not None and not isinstance(input, Mapping):
         raise PayloadError(
             f"the input of a run is a mapping, parameter name to value, got `{type(input).__qualname__}`"
@@ -97,7 +108,9 @@ def fork(
         "path": call_path(path),
         "input": None
         if input is None
-        else encode(dict(input), where="input of the fork", max_bytes=max_bytes),
+        else keyring.seal(
+            encode(dict(input), where="input of the fork", max_bytes=max_bytes), "input", workflow
+        ),
         "version": None if not version else name_text(version, "the version"),
     }
 
@@ -109,16 +122,37 @@ def fork(
     return Statement(load("fork"), parameters, read, repeatable=False)
 
 
+def step_at(run: UUID, path: CallPath) -> Statement[str]:
+    """Read the name of the step at a call of a run, by which its value is sealed; empty if there is none."""
+    wanted = tuple(call_path(path))
+    every = history(run)
+
+    def read(rows: Rows) -> str:
+        return next((each.name for each in every.decode(rows) if each.path == wanted), "")
+
+    return Statement(every.sql, every.parameters, read)
+
+
 def resolve(
-    run: UUID, path: CallPath, value: Any, error: str | Mapping[str, Any] | None, max_bytes: int
+    run: UUID,
+    path: CallPath,
+    value: Any,
+    error: str | Mapping[str, Any] | None,
+    max_bytes: int,
+    keyring: Keyring = NO_KEYS,
+    step: str = "",
 ) -> Statement[int]:
-    """Say how a step ended; answers the run's new epoch. Raises RunNotFound, RunConflict, ConfigError, PayloadError."""
-    parameters = {
-        "run": run,
-        "path": call_path(path),
-        "value": encode(value, where="the value of the step", max_bytes=max_bytes) if error is None else None,
-        "error": None if error is None else encode(_fault(error, value), where="the error of the step"),
-    }
+    """Say how a step ended; answers the run's new epoch. Raises RunNotFound, RunConflict, ConfigError, PayloadError.
+
+    The value is sealed as one of `step`.
+    """
+    parameters = {"run": run, "path": call_path(path), "value": None, "error": None}
+    if error is None:
+        text = encode(value, where="the value of the step", max_bytes=max_bytes)
+        parameters["value"] = keyring.seal(text, "step", step)
+    else:
+        fault = keyring.seal_fault(_fault(error, value))
+        parameters["error"] = encode(fault, where="the error of the step")
 
     def read(rows: Rows) -> int:
         epoch, state, undone = _known(rows, run)
@@ -130,6 +164,17 @@ def resolve(
         return int(epoch)
 
     return Statement(load("resolve"), parameters, read, repeatable=False)
+
+
+def forget(key: Key, workflow: str | None) -> Statement[list[UUID]]:
+    """Erase what came in under a key; answers the runs. Raises RunConflict while one of them is open, PayloadError."""
+    if key is None:
+        raise PayloadError("a key is a str, an int or a UUID, got None")
+    parameters = {
+        "key": key_text(key),
+        "workflow": None if workflow is None else name_text(workflow, "the workflow name"),
+    }
+    return Statement(load("forget"), parameters, lambda rows: [UUID(each) for each in rows[0][0]])
 
 
 def changed(action: Action, runs: Sequence[UUID]) -> Statement[list[UUID]]:
@@ -154,9 +199,9 @@ def matching(
     if not 1 <= limit <= MOST_FOUND:
         raise ConfigError(f"limit must be 1 to {MOST_FOUND:,}, got {limit!r}")
     parameters = {
-        "workflow": workflow,
+        "workflow": sought_text(workflow, "the workflow name"),
         "status": status,
-        "error_like": error_like,
+        "error_like": sought_text(error_like, "the text of the error"),
         "since": None if since is None else seconds_of(since, "since"),
         "limit": limit,
     }
@@ -196,4 +241,6 @@ def _fault(error: str | Mapping[str, Any], value: Any) -> dict[str, Any]:
         raise ConfigError(
             f'the error of a step is a text, or a mapping with the texts "type" and "message", got {error!r}'
         )
+    if MEMBER in fault:
+        raise ConfigError(f"{MEMBER!r} is a name of Stepwell's own, and cannot be part of an error")
     return fault

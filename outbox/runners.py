@@ -61,6 +61,7 @@ class Runner:
 
     def __init__(self, url: str | None, settings: Settings | None) -> None:
         self.settings = _settings(url, settings)
+        self.keyring = self.settings.keyring()
         self._lock = threading.Lock()
         self._pool: Pool | None = None
         self._process = os.getpid()
@@ -109,6 +110,7 @@ class AsyncRunner:
 
     def __init__(self, url: str | None, settings: Settings | None) -> None:
         self.settings = _settings(url, settings)
+        self.keyring = self.settings.keyring()
         self._pool: AsyncPool | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = asyncio.Lock()

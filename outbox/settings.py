@@ -14,10 +14,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from outbox.errors import ConfigError
+from outbox.sealing import NO_KEYS, Keyring
 
 logger = logging.getLogger(__name__)
 
 _PREFIX = "STEPWELL_"
+# password, sslpassword, oauth_client_secret, scram_client_key, scram_server_key
+_SECRET_OPTIONS = re.compile(
+    r"(\b\w*(?:password|_secret|_key)\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", re.IGNORECASE
+)
 
 
 def _default_data_dir() -> Path:
@@ -70,6 +75,10 @@ class Settings:
     """Transitions in one flush at most."""
     flush_max_bytes: int = 4_194_304
     """Payload bytes in one flush at most."""
+    encryption_keys: str | None = None
+    """Keys for payloads, as ``id:base64`` with commas between them: the first one seals, all open."""
+    encryption_keys_file: Path | None = None
+    """A file that holds them instead, one on each line."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -78,6 +87,8 @@ class Settings:
                 raise ConfigError(f"{each.name} must be a positive number, got {value!r}")
         if self.database_url is not None:
             _check_url(self.database_url)
+        if self.encryption_keys is not None:
+            Keyring.of(self.encryption_keys)
 
     @classmethod
     def load(cls, **overrides: Any) -> Self:
@@ -88,25 +99,53 @@ class Settings:
         """
         _warn_of_misspelt_variables(tuple(each.name for each in fields(cls)))
         given = {name: value for name, value in overrides.items() if value is not None}
+        from_environment = {"encryption_keys", "encryption_keys_file"}.isdisjoint(given)
         for each in fields(cls):
             text = os.environ.get(_PREFIX + each.name.upper(), "").strip()
-            if text and each.name not in given:
+            if (
+                text
+                and each.name not in given
+                and (from_environment or not each.name.startswith("encryption_"))
+            ):
                 given[each.name] = _from_environment(each.name, text)
-        if "data_dir" in given:
-            given["data_dir"] = Path(given["data_dir"]).expanduser()
-        return cls(**given)
+        for name in ("data_dir", "encryption_keys_file"):
+            if name in given:
+                given[name] = Path(given[name]).expanduser()
+        made = cls(**given)
+        made.keyring()  # a worker that cannot read its keys does not start
+        return made
+
+    def keyring(self) -> Keyring:
+        """Return the keys for payloads, an empty ring if there are none. Raises ConfigError, which shows no key."""
+        if self.encryption_keys_file is None:
+            return NO_KEYS if self.encryption_keys is None else Keyring.of(self.encryption_keys)
+        if self.encryption_keys is not None:
+            raise ConfigError("give encryption_keys or encryption_keys_file, not both")
+        try:
+            text = self.encryption_keys_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            said = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise ConfigError(
+                f"encryption_keys_file {str(self.encryption_keys_file)!r} cannot be read: {said}"
+            ) from None
+        try:
+            return Keyring.of(text)
+        except ConfigError as error:
+            raise ConfigError(f"encryption_keys_file {str(self.encryption_keys_file)!r}: {error}") from None
 
     def __repr__(self) -> str:
         shown = {each.name: getattr(self, each.name) for each in fields(self)}
         if self.database_url is not None:
             shown["database_url"] = without_password(self.database_url)
+        if self.encryption_keys is not None:
+            shown["encryption_keys"] = Keyring.of(self.encryption_keys)
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
 def without_password(url: str) -> str:
-    """Return `url` (a URL or a conninfo string) with every password replaced by ``***``."""
-    hidden = re.sub(r"(?<=://)([^:@/?#]*):.*@", r"\1:***@", url)
-    return re.sub(r"(\bpassword\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1***", hidden, flags=re.IGNORECASE)
+    """Return `url` (a URL or a conninfo string, or what was meant as one) with every secret replaced by ``***``."""
+    hidden = re.sub(r":(?!//).*@", ":***@", url, flags=re.DOTALL)
+    return _SECRET_OPTIONS.sub(r"\1***", hidden)
 
 
 def _check_url(url: str) -> None:

@@ -26,6 +26,9 @@ Rows = Sequence[Sequence[Any]]
 MAX_KEY_BYTES = 512
 MAX_NAME_BYTES = 255
 MAX_SECONDS = 1000 * 366 * 86400
+LAST_YEAR = 9000
+MAX_LABEL_LEVELS = 8
+MAX_LABEL_NUMBER = 10**308
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,8 @@ class Options:
             raise ConfigError("give delay or at, not both")
         if at is not None and not _has_time_zone(at):
             raise ConfigError(f"at must be a datetime with a time zone, got {at!r}")
+        if at is not None and not 1 < at.year < LAST_YEAR:
+            raise ConfigError(f"at must be between the years 1 and {LAST_YEAR}, got {at!r}")
         if queue == "stepwell":
             raise ConfigError('the queue "stepwell" is for internal tasks; choose another name')
         return cls(
@@ -98,6 +103,8 @@ def key_text(key: Key | None) -> str | None:
         return None
     if not _is_key(key):
         raise PayloadError(f"a key must be a str, an int or a UUID, got `{type(key).__qualname__}`")
+    if isinstance(key, int) and key.bit_length() > 4 * MAX_KEY_BYTES:  # Python would not even write it down
+        raise PayloadError(f"a key has at most {MAX_KEY_BYTES} bytes, this number has more digits")
     text = str(key)
     if not text:
         raise PayloadError("a key must not be empty; pass None for a run without a key")
@@ -115,6 +122,20 @@ def name_text(name: str, what: str) -> str:
     if not 1 <= len(name.encode()) <= MAX_NAME_BYTES:
         raise ConfigError(f"{what} must have 1 to {MAX_NAME_BYTES} bytes")
     return name
+
+
+def workflow_text(name: str) -> str:
+    """Return the name of a workflow as it is, or raise ConfigError if none can be called so."""
+    if "@" in name_text(name, "the workflow name") or name.startswith("step:"):
+        raise ConfigError(f'the workflow name must have no @ and not begin with "step:", got {name!r}')
+    return name
+
+
+def sought_text(text: str | None, what: str) -> str | None:
+    """Return a text that runs are found by, None if it is not given. Raises ConfigError if no run can have it."""
+    if text is not None:
+        _require_text(text, what, ConfigError)
+    return text
 
 
 def exchanged_name(name: object, function: str, error: type[ConfigError | ValueError] = ValueError) -> None:
@@ -215,7 +236,20 @@ def _is_key(value: object) -> bool:
 def _labels_text(labels: Mapping[str, Any]) -> str:
     if not isinstance(labels, Mapping):
         raise PayloadError(f"labels must be a mapping, got `{type(labels).__qualname__}`")
-    return encode(dict(labels), where="labels")
+    text = encode(dict(labels), where="labels")
+    if not _is_plain(decode(text, where="labels"), MAX_LABEL_LEVELS):
+        raise PayloadError(
+            f"labels may be nested {MAX_LABEL_LEVELS} levels deep at most, without numbers above 1e308"
+        )
+    return text
+
+
+def _is_plain(value: Any, levels: int) -> bool:
+    """Tell whether a JSON value has so many levels at most, and no number that `jsonb` gives to nobody as a float."""
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return levels >= 0 and all(_is_plain(each, levels - 1) for each in inner)
+    return levels >= 0 and (not isinstance(value, int | float) or abs(value) <= MAX_LABEL_NUMBER)
 
 
 def _require_text(text: str, what: str, error: type[ConfigError | PayloadError]) -> None:

@@ -12,7 +12,7 @@ from outbox import AsyncClient, AsyncRun, Client, Run
 OUTBOX = {
     "AsyncClient", "AsyncRun", "Cancelled", "Client", "ConfigError", "DeadlineExceeded", "HistoryMismatch",
     "HistoryRecord", "NotDeterministic", "PayloadError", "Permanent", "Progress", "ResultTimeout", "RetryAfter", "Run",
-    "RunBlocked", "RunCancelled", "RunConflict", "RunFailed", "RunInfo", "RunNotFound", "SchemaError", "Settings",
+    "RunBlocked", "RunCancelled", "RunConflict", "RunFailed", "RunInfo", "RunNotFound", "SchemaError", "Sealed", "Settings",
     "StepFailed", "StepwellError", "StreamItem", "Suspended", "TaskInfo", "UnknownWorkflow",
 }  # fmt: skip
 
@@ -34,6 +34,7 @@ CLIENT = {
     "enqueue": f"workflow, args, key, {OPTIONS}, kwargs",
     "enqueue_many": f"workflow, inputs, key, {OPTIONS}, chunk",
     "find": "workflow, status, error_like, since, limit",
+    "forget": "key, workflow",
     "fork": "run, path, input, version",
     "get": "run",
     "history": "run",

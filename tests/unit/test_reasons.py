@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -51,8 +50,8 @@ GPU: dict[str, Any] = {"queue": "gpu", "serving": (), "knowing": ()}
 CHILD = "019aa0c6-0000-7000-8000-0000000000c1"
 
 
-def fault(type_: str, message: str) -> str:
-    return json.dumps({"type": type_, "message": message})
+def fault(type_: str, message: str) -> dict[str, str]:
+    return {"type": type_, "message": message}
 
 
 CASES: dict[str, tuple[Situation, str | None]] = {

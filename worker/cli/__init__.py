@@ -27,6 +27,8 @@ _COMMANDS = {
     "enqueue": ("worker.cli.enqueue:enqueue", "Enqueue a run of WORKFLOW, or one for each row of a file."),
     "signal": ("worker.cli.exchanging:signal", "Send a signal to a run, which takes it by wait_signal."),
     "runs": ("worker.cli.runs:runs", "List, show, follow, repair and export runs."),
+    "forget": ("worker.cli.forget:forget", "Erase what came in under an idempotency key."),
+    "encryption": ("worker.cli.encryption:encryption", "Make keys for payloads, and tell which are in use."),
     "replay": ("worker.cli.replay:replay", "Drive recorded histories against the code of APP: would it fit?"),
     "check": ("worker.cli.check:check", "Find in the workflow bodies of APP what a replay could not repeat."),
 }

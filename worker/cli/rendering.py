@@ -20,11 +20,12 @@ from rich.text import Text
 
 from outbox.exchange import Progress
 from outbox.history import dotted
+from outbox.sealing import Sealed
+from worker.cli.mistakes import KEPT, spelled_out
 
 _PIPED_COLUMNS = 160
 _LONGEST_VALUE = 80
 _BAR = 24
-_JOINERS = "\u200c\u200d"  # invisible, but part of how names are written in several scripts
 
 _STYLES = {
     "pending": "cyan",
@@ -50,7 +51,15 @@ def console(*, stderr: bool = False) -> Console:
 
 def print_json(content: Any) -> None:
     """Print `content` as JSON, readable by people as well."""
-    click.echo(json.dumps(content, ensure_ascii=False, indent=2))
+    click.echo(json_text(content, indent=2))
+
+
+def json_text(content: Any, indent: int | None = None) -> str:
+    """Return `content` as JSON text, in which what is invisible is escaped: JSON itself lets much of it through."""
+    text = json.dumps(content, ensure_ascii=False, indent=indent)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in KEPT else json.dumps(c)[1:-1] for c in text)
 
 
 # -- pieces of text -----------------------------------------------------------------------------------
@@ -80,6 +89,8 @@ def fault_text(error: Mapping[str, Any]) -> str:
 
 
 def compact(value: Any) -> str:
+    if isinstance(value, Sealed):
+        return str(value)
     return json.dumps(value, ensure_ascii=False, separators=(", ", ": "))
 
 
@@ -94,11 +105,7 @@ def one_line(text: str) -> str:
 
 def plain(text: str, style: str = "") -> Text:
     """Return `text` with control and other invisible characters spelled out."""
-    shown = (
-        c if c.isprintable() or c in _JOINERS or c == "\n" else c.encode("unicode_escape").decode()
-        for c in text
-    )
-    return Text("".join(shown), style=style)
+    return Text(spelled_out(text), style=style)
 
 
 def moment_text(moment: datetime) -> str:

@@ -16,7 +16,7 @@ from outbox.repairs import Action
 from outbox.settings import Settings
 from worker.cli.connecting import Session, session
 from worker.cli.json_text import read_json
-from worker.cli.mistakes import FAILED, Mistake, one_line
+from worker.cli.mistakes import FAILED, Mistake, one_line, spelled_out
 from worker.cli.options import database_option, duration, json_option
 from worker.cli.rendering import print_json
 from worker.cli.run_ids import resolved
@@ -304,7 +304,8 @@ def _show(opened: Session, found: Sequence[UUID], deed: _Deed) -> None:
         fault = info.error or {}
         said = " ".join(f"{fault.get('type', '')}: {fault.get('message', '')}".split()) if fault else ""
         shown = said if len(said) <= _LONGEST_ERROR else f"{said[:_LONGEST_ERROR]}…"
-        click.echo(f"  {info.id}  {info.workflow}  {info.status}{f'  {shown}' if shown else ''}", err=True)
+        line = f"  {info.id}  {info.workflow}  {info.status}{f'  {shown}' if shown else ''}"
+        click.echo(spelled_out(line), err=True)
     if len(found) > _EXAMPLES:
         click.echo(f"  … and {len(found) - _EXAMPLES:,} more", err=True)
 

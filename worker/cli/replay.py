@@ -12,6 +12,7 @@ from typing import Any
 import click
 import msgspec
 
+from outbox.sealing import Keyring
 from outbox.settings import Settings
 from worker.apps import load_app
 from worker.cli.connecting import session
@@ -22,7 +23,8 @@ from worker.cli.rendering import print_json
 from worker.definitions import Workflow
 from worker.engine.recorded import from_database
 from worker.engine.sandbox import Sandbox
-from worker.replay.rehearsal import Mismatch, RecordedRun, rehearse
+from worker.engine.sealed import rehearsed
+from worker.replay.rehearsal import Mismatch, RecordedRun
 
 
 @click.command()
@@ -67,7 +69,7 @@ def replay(
             runs = from_database(opened.connection, since=since, workflow=workflow)
         if workflow is not None:
             runs = (run for run in runs if run.workflow == workflow)
-        outcome = _rehearsed(runs, load_app(app).workflows, told=not as_json)
+        outcome = _rehearsed(runs, load_app(app).workflows, settings.keyring(), told=not as_json)
     if as_json:
         print_json(msgspec.to_builtins(outcome))
     else:
@@ -85,7 +87,7 @@ class _Outcome(msgspec.Struct):
 
 
 def _rehearsed(
-    runs: Iterable[RecordedRun], workflows: Mapping[str, Workflow[..., Any]], *, told: bool
+    runs: Iterable[RecordedRun], workflows: Mapping[str, Workflow[..., Any]], keyring: Keyring, *, told: bool
 ) -> _Outcome:
     outcome, guard = _Outcome(), Sandbox()
     for run in runs:
@@ -94,7 +96,7 @@ def _rehearsed(
             outcome.left_out[run.claimed_as] = outcome.left_out.get(run.claimed_as, 0) + 1
             continue
         outcome.replayed += 1
-        mismatch = rehearse(run, found, guard=guard)
+        mismatch = rehearsed(run, found, keyring, guard)
         if mismatch is not None:
             outcome.mismatches.append(mismatch)
             if told:

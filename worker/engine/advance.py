@@ -12,33 +12,27 @@ Otherwise the history is read again.
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
 from outbox.codec import encode_fault
-from outbox.errors import HistoryMismatch
+from outbox.errors import HistoryMismatch, PayloadError
 from worker.definitions import Workflow
-from worker.engine.claimed import Claimed, Means, with_earlier
+from worker.engine.claimed import Claimed, with_earlier
 from worker.engine.claims import Claim, Mail
 from worker.engine.mailbox import Mailbox
+from worker.engine.means import Means
 from worker.engine.reports import held
+from worker.engine.sealed import Seals, opened_input, opened_records, unopened
 from worker.engine.spreading import extras_of, held_only, settling, spread
 from worker.engine.transitions import Extra
-from worker.engine.turns import Park, Release, Standing, Turn
+from worker.engine.turns import Park, Standing, Turn
 from worker.replay.decisions import Await, Block, Decision, DoStep, Settle, Sleep
 from worker.replay.driver import Replay
 from worker.replay.records import Record, began_at, visible
-from worker.steps.execution import uncancel
 from worker.telemetry import metrics
-
-logger = logging.getLogger(__name__)
-
-GIVE_BACK_SECONDS = 0.5
-"""How long a run is held back from workers whose code it does not fit, before it is ready for all again."""
 
 
 class Advance(Claimed):
@@ -53,10 +47,11 @@ class Advance(Claimed):
         means: Means,
         claimed_at: float,
     ) -> None:
-        super().__init__(claim, Standing(claim, history, claimed_at), means)
+        self._seals = Seals(means.keyring, claim.workflow) if means.keyring else None
+        super().__init__(claim, Standing(claim, history, claimed_at, self._seals), means)
         self._workflow = workflow
         self._history: list[Record] | None = history
-        self._mailbox = Mailbox(mail)
+        self._mailbox = Mailbox(mail, means.keyring)
         self._replay: Replay | None = None
 
     # -- turns
@@ -79,24 +74,6 @@ class Advance(Claimed):
             else self._expired(died_in)
         )
 
-    async def _objected(self, block: Block) -> Turn:
-        """Leave a run to workers that came later, if there are any: it may have gone on under their code."""
-        if not await self._means.reader.is_superseded(self.claim.name):
-            return Turn(block)
-        logger.info(
-            "a run does not fit the code here (%s), but there are newer workers: it is given back", block.reason,
-            extra={"run_id": str(self.claim.run_id)},
-        )  # fmt: skip
-        self._interruptible = True
-        try:
-            await asyncio.sleep(GIVE_BACK_SECONDS)
-        except asyncio.CancelledError:
-            if not uncancel():
-                raise
-        finally:
-            self._interruptible = False
-        return Turn(Release())
-
     async def _again(self) -> Turn:
         """Drive anew: what was recorded meanwhile comes before what this claim wanted to record."""
         await self._read_again()
@@ -110,7 +87,8 @@ class Advance(Claimed):
     async def _read_again(self) -> None:
         claim = self.claim
         self._history = (await self._means.reader.histories([claim]))[claim.run_id]
-        self._mailbox = Mailbox((await self._means.reader.mail([claim.run_id]))[claim.run_id])
+        mail = await self._means.reader.mail([claim.run_id])
+        self._mailbox = Mailbox(mail[claim.run_id], self._means.keyring)
         self._standing.start_over(self._history)
 
     def _driven(self, history: list[Record]) -> Decision:
@@ -118,14 +96,26 @@ class Advance(Claimed):
         self._close()
         standing = self._standing
         try:
-            applying = visible(history) if history else []
+            given, applying = self._opened(visible(history) if history else [])
         except HistoryMismatch as mismatch:
             return Block("history mismatch", encode_fault(mismatch))
+        except PayloadError as error:
+            return unopened(error)
         self._replay = Replay(
-            self._workflow, self.claim.input, standing.facts, applying, driven=standing.driven,
+            self._workflow, given, standing.facts, applying, driven=standing.driven,
             attempted=standing.attempted, began_at=began_at(history) if self.claim.base_epoch else None, guard=self._means.guard,
         )  # fmt: skip
         return self._replay.start()
+
+    def _opened(self, records: list[Record]) -> tuple[str, list[Record]]:
+        """Return the input and records as they were before they were sealed. Raises PayloadError."""
+        claim, keyring = self.claim, self._means.keyring
+        given = opened_input(claim.input, keyring, claim.workflow)
+        if self._seals is not None:
+            self._seals.take_in(claim.input, claim.seed)
+        if records:
+            records = opened_records(records, keyring, input=claim.input, seed=claim.seed)
+        return given, records
 
     def _concluded(self, record: Record) -> Turn:
         return Turn(self._delivered(record), (record,))
@@ -260,7 +250,10 @@ class Advance(Claimed):
             ((wait,),) = (awaiting.waits,)
             if type(wait.call) in (DoStep, Sleep) and wait.call.path == standing.doing and not wait.fresh:
                 return msgspec.structs.replace(turn, decision=wait.call)
-        taken = self._mailbox.take(awaiting, standing, self._replay)
+        try:
+            taken = self._mailbox.take(awaiting, standing, self._replay)
+        except PayloadError as error:
+            return msgspec.structs.replace(turn, decision=unopened(error))
         if taken.records:
             return msgspec.structs.replace(
                 turn,

@@ -13,32 +13,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
-from typing import Any, Protocol, assert_never
-from uuid import UUID
+from typing import Any, assert_never
 
 import msgspec
 
 from outbox.codec import encode_fault
-from outbox.settings import Settings
 from worker.context import StepInfo
-from worker.definitions import Step
-from worker.engine.claims import Claim, Mail
-from worker.engine.committer import Committer
-from worker.engine.reports import bug, ended_transaction, log_end, log_long, refused
+from worker.engine.claims import Claim
+from worker.engine.means import Means
+from worker.engine.reports import bug, ended_transaction, kind_of, log_end, log_long, refused
 from worker.engine.transitions import Documents, Receipt, Verdict, Writing, encode, receipt_of
 from worker.engine.turns import Park, Release, Standing, Turn
 from worker.replay.decisions import Block, DoStep
-from worker.replay.guards import Guard
-from worker.replay.records import Record
+from worker.replay.records import Path, Record
 from worker.retries import Retry, failures_of
 from worker.steps.execution import (
     Answered,
     Call,
     CutShort,
-    Executor,
     NotDone,
     Outcome,
     Raised,
@@ -51,7 +45,6 @@ from worker.steps.transactions import (
     Lost,
     Refused,
     Repeat,
-    Transactions,
     Uncertain,
 )
 from worker.telemetry import metrics
@@ -62,38 +55,14 @@ HELD_WAIT_SECONDS = 1.0
 """A retry that waits longer than this holds no slot: the run parks."""
 BUSY_THREAD_SECONDS = 1.0
 """How long a call waits whose abandoned thread still lives in this process."""
+GIVE_BACK_SECONDS = 0.5
+"""How long a run is held back from workers that it does not fit, before it is ready for all again."""
 UNWRITABLE_SECONDS = 5.0
 """How long a run waits whose very end is refused: only a person can help, and its step must not be executed again."""
 LONG_HISTORY = 10_000
 """Each time that a run has taken so many records more, its operator is told: every wake replays all of them."""
 MAX_REPEATS = 20
 REPEAT_SECONDS = 0.05
-
-
-class Reader(Protocol):
-    """What the claims of one process read: what is recorded of runs, what was sent to them, who came later."""
-
-    async def histories(self, claims: Sequence[Claim]) -> dict[UUID, list[Record]]: ...
-    async def mail(self, run_ids: Sequence[UUID]) -> dict[UUID, list[Mail]]: ...
-    async def is_superseded(self, name: str) -> bool: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Means:
-    """What the claims of one process share. `leaving` tells whether runs are to be given back."""
-
-    committer: Committer
-    executor: Executor
-    transactions: Transactions
-    settings: Settings
-    guard: Guard
-    leaving: Callable[[], bool]
-    reader: Reader
-
-    def slots(self, step: Step[..., Any]) -> tuple[asyncio.Semaphore, ...]:
-        """Return what an execution of the step needs beside its run's own slot: a connection, a thread."""
-        connection = () if step.transaction is None else (self.transactions.connections,)
-        return connection if step.is_async else (*connection, self.executor.threads)
 
 
 class Claimed:
@@ -142,6 +111,24 @@ class Claimed:
         writing = self._standing.writing(Turn(bug(error)))
         if writing is not None:
             await self._means.committer.commit(writing)
+
+    async def _objected(self, block: Block) -> Turn:
+        """Leave a run to workers that came later, if there are any: it may have gone on under their code."""
+        if not await self._means.reader.is_superseded(self.claim.name):
+            return Turn(block)
+        logger.info(
+            "a run does not fit what is here (%s), but there are newer workers: it is given back", block.reason,
+            extra={"run_id": str(self.claim.run_id)},
+        )  # fmt: skip
+        self._interruptible = True
+        try:
+            await asyncio.sleep(GIVE_BACK_SECONDS)
+        except asyncio.CancelledError:
+            if not uncancel():
+                raise
+        finally:
+            self._interruptible = False
+        return Turn(Release())
 
     # -- what subclasses say
 
@@ -385,6 +372,9 @@ class Claimed:
             turn, writing = concluded[0]
             after = self._judged(receipt_of(outcome.code), turn, writing)
             return msgspec.structs.replace(turn, written=True) if after is turn else after
+        if isinstance(outcome, Lost):
+            self._lost()  # counted first of all: whoever reads the history may learn there that it is dead
+            return None
         if concluded:
             await self._rewind()
         match outcome:
@@ -392,9 +382,6 @@ class Claimed:
                 return self._after(step, outcome)
             case Repeat() as repeat:
                 return self._repeated(step, repeat)
-            case Lost():
-                self._lost()
-                return None
             case EndedByStep():
                 return Turn(ended_transaction(step))
             case Refused(message):
@@ -403,16 +390,25 @@ class Claimed:
                 assert_never(outcome)
 
     async def _resolved(self, step: DoStep) -> Committed | Repeat | Lost:
-        """Find out whether a COMMIT took place whose answer was lost: a flush that only bumps the position tells."""
+        """Find out whether a COMMIT took place whose answer was lost: a flush that only bumps the position tells.
+
+        It waits for the old backend. Once it is applied, that one is fenced. Where it is answered *already*, the old
+        backend had committed, or the flush had been applied before and is a resend: the history knows.
+        """
         turn = Turn(step)
         probe = self._standing.move(turn, step.path)
         receipt = await self._means.committer.commit(probe)
-        if receipt.verdict is Verdict.ALREADY:
-            return Committed(Verdict.ALREADY.value + 4 * receipt.cancelling)
         if receipt.verdict is Verdict.FENCED:
             return Lost()
+        if receipt.verdict is Verdict.ALREADY and await self._is_recorded(step.path):
+            return Committed(Verdict.ALREADY.value + 4 * receipt.cancelling)
         self._standing.applied(probe)
         return Repeat(ConnectionError("the connection was lost at COMMIT"))
+
+    async def _is_recorded(self, path: Path) -> bool:
+        """Tell whether a call has its outcome. Nobody else writes it while this claim stands."""
+        history = (await self._means.reader.histories([self.claim]))[self.claim.run_id]
+        return any(r.path == path and r.n == 0 and r.epoch == self.claim.epoch for r in history)
 
     def _repeated(self, step: DoStep, repeat: Repeat) -> Turn:
         """Execute again what was rolled back for a reason that is not the step's.
@@ -425,7 +421,9 @@ class Claimed:
         if self._begun > MAX_REPEATS:
             return self._failed(step, repeat.error)
         logger.info(
-            "a transactional step is repeated: %s", repeat.error, extra={"run_id": str(self.claim.run_id)}
+            "a transactional step is repeated: %s",
+            kind_of(repeat.error),
+            extra={"run_id": str(self.claim.run_id)},
         )
         return Turn(step, wait_seconds=min(HELD_WAIT_SECONDS, REPEAT_SECONDS * self._repeats), written=True)
 

@@ -36,11 +36,12 @@ from outbox import database
 from outbox.settings import Settings
 from worker.engine.advance import Advance
 from worker.engine.caretaker import Caretaker
-from worker.engine.claimed import Claimed, Means
+from worker.engine.claimed import Claimed
 from worker.engine.claims import Claim, Claimant
 from worker.engine.committer import Committer
 from worker.engine.doorbell import ANY_QUEUE, Doorbell
 from worker.engine.errand import Errand
+from worker.engine.means import Means
 from worker.engine.sandbox import Sandbox
 from worker.engine.transitions import applied_timer, applied_wake
 from worker.engine.vitals import Vitals

@@ -11,9 +11,12 @@ from typing import Any
 import msgspec
 
 from outbox.codec import fingerprint
+from outbox.errors import PayloadError
 from worker.definitions import Step
-from worker.engine.claimed import Claimed, Means, with_earlier
+from worker.engine.claimed import Claimed, with_earlier
 from worker.engine.claims import Claim
+from worker.engine.means import Means
+from worker.engine.sealed import ErrandSeals, opened_arguments, opened_records, unopened
 from worker.engine.turns import Done, Hold, Park, Standing, Turn
 from worker.replay.decisions import DoStep, Fail
 from worker.replay.records import Record, visible
@@ -25,13 +28,17 @@ class Errand(Claimed):
     def __init__(
         self, claim: Claim, step: Step[..., Any], history: list[Record], means: Means, claimed_at: float
     ) -> None:
-        super().__init__(claim, Standing(claim, history, claimed_at), means)
-        arguments = claim.args or "{}"
-        path = tuple(claim.path)
-        self._step = DoStep(path, step, arguments, fingerprint(arguments), _earlier(history), drift=False)
+        self._seals = ErrandSeals(means.keyring, claim.workflow) if means.keyring else None
+        super().__init__(claim, Standing(claim, history, claimed_at, self._seals), means)
+        self._step = step
+        self._history = history
 
     async def _opening(self) -> Turn:
-        step, standing = self._step, self._standing
+        standing = self._standing
+        try:
+            step = self._opened()
+        except PayloadError as error:
+            return await self._objected(unopened(error))
         records: tuple[Record, ...] = ()
         if standing.interrupted:
             standing.interrupted = False
@@ -47,6 +54,16 @@ class Errand(Claimed):
         if due_in is not None and due_in > 0 and not records:
             return Turn(Park(step.path, due_in))
         return Turn(step, records)
+
+    def _opened(self) -> DoStep:
+        """Return what is to be executed. Raises PayloadError."""
+        claim, keyring = self.claim, self._means.keyring
+        arguments, mark = opened_arguments(claim.args or "{}", keyring, claim.name)
+        if self._seals is not None:
+            self._seals.mark = mark
+        earlier = tuple(opened_records(_earlier(self._history), keyring))
+        path = tuple(claim.path)
+        return DoStep(path, self._step, arguments, fingerprint(arguments), earlier, drift=False)
 
     def _prepared(self, turn: Turn) -> Turn:
         """Return the turn: it is the run that fails when its deadline has passed, and it is told."""
@@ -65,6 +82,6 @@ class Errand(Claimed):
         return Turn(Hold(), records)
 
 
-def _earlier(history: list[Record]) -> tuple[Record, ...]:
+def _earlier(history: list[Record]) -> list[Record]:
     """Return the executions that have come before, those that a retry has voided among them."""
-    return tuple(record for record in visible(history) if record.n and record.kind == "step")
+    return [record for record in visible(history) if record.n and record.kind == "step"]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from outbox.sealing import NO_KEYS, Keyring
 from worker.engine.claims import Mail
 from worker.engine.transitions import Dropped, Extra, Taken
 from worker.engine.turns import Standing
@@ -37,10 +38,15 @@ class _Result(msgspec.Struct):
     error: dict[str, Any] | None = None
 
 
-class Mailbox:
-    """What was sent to one run and is not taken yet."""
+_Opened = str | _Result
+"""The payload of a signal as JSON text, or the result of a child."""
 
-    def __init__(self, mail: Iterable[Mail]) -> None:
+
+class Mailbox:
+    """What was sent to one run and is not taken yet, sealed or not."""
+
+    def __init__(self, mail: Iterable[Mail], keyring: Keyring = NO_KEYS) -> None:
+        self._keyring = keyring
         self._mail: dict[str, deque[Mail]] = {}
         for each in mail:
             self._mail.setdefault(each.name, deque()).append(each)
@@ -48,20 +54,22 @@ class Mailbox:
     def take(self, awaiting: Await, standing: Standing, replay: Replay) -> TakenMail:
         """Hand the body what has come, in the order in which it came, and the time-out that is over.
 
-        What one takes may end the wait of another, which then takes nothing.
+        What one takes may end the wait of another, which then takes nothing. Raises PayloadError for what cannot be
+        opened, before it has handed anything.
         """
-        found: list[tuple[Mail, Wait]] = []
+        found: list[tuple[Mail, Wait, _Opened]] = []
         for wait in awaiting.waits:
             waiting = self._mail.get(_name_of(wait)) if self._mail else None
             if waiting:
-                found.append((waiting.popleft(), wait))
+                found.append((waiting[0], wait, _opened(waiting[0], wait, self._keyring)))
+                waiting.popleft()
         records: list[Record] = []
         extras: list[Extra] = []
-        for mail, wait in sorted(found, key=lambda each: each[0].id):
+        for mail, wait, opened in sorted(found, key=lambda each: each[0].id):
             if not replay.waits_for(wait.call.path):
                 self._mail[mail.name].appendleft(mail)
                 continue
-            record = _record(mail, wait, standing)
+            record = _record(opened, wait, standing)
             replay.hand(record)
             records.append(record)
             extras.append(Taken(signal=mail.id))
@@ -84,12 +92,27 @@ def _name_of(wait: Wait) -> str:
             return ""
 
 
-def _record(mail: Mail, wait: Wait, standing: Standing) -> Record:
+def _opened(mail: Mail, wait: Wait, keyring: Keyring) -> _Opened:
     call = wait.call
     if isinstance(call, TakeSignal):
-        return standing.record(call.path, 0, "signal", call.name, "completed", mail.payload)
+        return keyring.open(mail.payload, "signal", call.name, where=f"the payload of signal {call.name!r}")
     assert isinstance(call, AwaitChild)
     result = msgspec.json.decode(mail.payload, type=_Result)
+    name, output = call.workflow.name, bytes(result.output).decode()
+    result.output = msgspec.Raw(
+        keyring.open(output, "output", name, where=f"the result of workflow {name!r}").encode()
+    )
+    if result.error is not None:
+        result.error = keyring.open_fault(result.error, where=f"the error of workflow {name!r}")
+    return result
+
+
+def _record(result: _Opened, wait: Wait, standing: Standing) -> Record:
+    call = wait.call
+    if isinstance(result, str):
+        assert isinstance(call, TakeSignal)
+        return standing.record(call.path, 0, "signal", call.name, "completed", result)
+    assert isinstance(call, AwaitChild)
     if result.state == "succeeded":
         return standing.record(
             call.path, 0, "child", call.workflow.name, "completed", bytes(result.output).decode()

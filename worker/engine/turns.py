@@ -15,6 +15,7 @@ import msgspec
 from outbox.codec import encode_fault
 from outbox.errors import DeadlineExceeded
 from worker.engine.claims import Claim
+from worker.engine.sealed import Seals
 from worker.engine.transitions import (
     Continued,
     EndRow,
@@ -94,11 +95,14 @@ class Standing:
 
     `claimed_at` is this process's monotonic time of the claim. `doing` is the call that the task row is at,
     `due_in` how long it still had to wait there when it was claimed, `interrupted` whether the claim before died
-    without a record of it.
+    without a record of it. What it writes goes through `seals`, if payloads are sealed.
     """
 
-    def __init__(self, claim: Claim, history: list[Record], claimed_at: float) -> None:
+    def __init__(
+        self, claim: Claim, history: list[Record], claimed_at: float, seals: Seals | None = None
+    ) -> None:
         self.claim = claim
+        self._seals = seals
         self.facts = RunFacts(
             id=claim.run_id,
             workflow=claim.workflow,
@@ -321,7 +325,8 @@ class Standing:
         if turn.asides:
             transition.asides = turn.asides
         family = then == "continue" or (end is not None and (self.branched or claim.awaited))
-        return Writing(transition, rows, end, (*turn.extras, *more) if more else turn.extras, family)
+        writing = Writing(transition, rows, end, (*turn.extras, *more) if more else turn.extras, family)
+        return writing if self._seals is None else self._seals.sealed(writing)
 
     def _parking(self, turn: Turn, decision: Park | Spread | Settle) -> Writing:
         match decision:

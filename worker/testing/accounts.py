@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import psycopg
 from outbox.client import Client
 from outbox.codec import decode, encode
 from outbox.history import HistoryRecord, dotted
+from outbox.sealing import Keyring
 from worker.queries import load
 
 MOST_SHOWN = 20
@@ -33,7 +35,7 @@ class Enqueued:
     def __str__(self) -> str:
         key = "" if self.key is None else f" key={self.key!r}"
         queue = "" if self.queue == "default" else f" queue={self.queue!r}"
-        return f"{self.workflow}{key}{queue} input={_shortened(encode(self.input, where='input'))} ({self.status})"
+        return f"{self.workflow}{key}{queue} input={_shortened(json.dumps(self.input, ensure_ascii=False, separators=(',', ':')))} ({self.status})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +75,13 @@ class Expected:
         return " ".join([self.workflow, *told])
 
 
-def enqueued(connection: psycopg.Connection[Any]) -> list[Enqueued]:
+def enqueued(connection: psycopg.Connection[Any], keyring: Keyring) -> list[Enqueued]:
     """Read every run, in the order of their enqueueing."""
     return [
         Enqueued(
-            run, workflow, key, queue, status, decode(given, dict[str, Any], where=f"the input of run {run}"),
-            None if error is None else decode(error, where=f"the error of run {run}"),
+            run, workflow, key, queue, status,
+            keyring.shown(given, "input", workflow, where=f"the input of run {run}"),
+            None if error is None else keyring.shown_fault(error, where=f"the error of run {run}"),
         )
         for run, workflow, key, queue, status, given, error in connection.execute(load("testing_runs"))
     ]  # fmt: skip
@@ -101,9 +104,9 @@ def listed(runs: Iterable[Enqueued]) -> str:
     return "\n".join(["Enqueued were:", *lines[:MOST_SHOWN], *more])
 
 
-def told(connection: psycopg.Connection[Any], client: Client) -> str:
+def told(connection: psycopg.Connection[Any], client: Client, keyring: Keyring) -> str:
     """Return what has become of each run: how it stands and why, with its history unless it has succeeded."""
-    runs = enqueued(connection)
+    runs = enqueued(connection, keyring)
     lines = []
     for run in runs[:MOST_SHOWN]:
         lines.append(str(run))

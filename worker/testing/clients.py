@@ -7,7 +7,7 @@ from uuid import UUID
 
 from typing_extensions import TypeVar
 
-from outbox import Client, ResultTimeout, RunInfo
+from outbox import Client, ResultTimeout, RunInfo, Settings
 from outbox.invocations import WorkflowLike
 from outbox.statements import Duration, run_uuid
 
@@ -21,8 +21,8 @@ class LookingClient(Client):
     while it is not, it is no news that nothing is.
     """
 
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
+    def __init__(self, url: str, settings: Settings) -> None:
+        super().__init__(url, settings=settings)
         self.looked_at: set[UUID] = set()
         self.working = False
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple, Self
 from uuid import UUID
 
@@ -32,11 +33,12 @@ from outbox.statements import Key, key_text, run_uuid
 from worker.definitions import Step, Workflow
 from worker.engine.recorded import from_database
 from worker.engine.sandbox import Sandbox
+from worker.engine.sealed import rehearsed
 from worker.queries import load
 from worker.registry import Registry
 from worker.registry import registry as process_registry
 from worker.replay.records import dotted
-from worker.replay.rehearsal import Mismatch, rehearse
+from worker.replay.rehearsal import Mismatch
 from worker.testing import accounts
 from worker.testing.clients import LookingClient
 from worker.testing.crashes import Crash, Moment
@@ -91,13 +93,14 @@ class StepwellTest:
     ) -> None:
         self.url = url
         """The URL of the test's database."""
-        self.client = LookingClient(url)
+        self._settings = Settings(**{"database_url": url, **SETTINGS, **settings})
+        keys = {name: getattr(self._settings, name) for name in ("encryption_keys", "encryption_keys_file")}
+        self.client = LookingClient(url, replace(Settings.load(database_url=url), **keys))
         """An `outbox.Client` on it. Its `result` does not wait, unless it is told how long."""
         self.enqueue = self.client.enqueue
         """`Client.enqueue`."""
         self._registry = registry
         self._timeout_seconds = timeout_seconds
-        self._settings = Settings(**{"database_url": url, **SETTINGS, **settings})
         self._crashes: list[Crash] = []
         self._working = threading.Lock()
         self._loop: LoopThread | None = None
@@ -221,7 +224,7 @@ class StepwellTest:
         """
         name = workflow if isinstance(workflow, str) else workflow.name
         expected = accounts.Expected.of(name, key_text(key), input, queue)
-        runs = accounts.enqueued(self._own)
+        runs = accounts.enqueued(self._own, self._settings.keyring())
         found = [run for run in runs if expected.is_met_by(run)]
         if not found if count is None else len(found) != count:
             raise AssertionError(accounts.complaint(expected, count, len(found), runs))
@@ -241,7 +244,9 @@ class StepwellTest:
 
         The replay fits, and no run is blocked that the test has not asked about by `result`, `get` or `info`.
         """
-        blocked = [run for run in accounts.enqueued(self._own) if run.status == "blocked"]
+        blocked = [
+            run for run in accounts.enqueued(self._own, self._settings.keyring()) if run.status == "blocked"
+        ]
         unseen = [run for run in blocked if run.id not in self.client.looked_at]
         if unseen:
             why = "\n".join(f"  {run}: {self.client.why(run.id)}" for run in unseen[:MOST_TOLD])
@@ -253,7 +258,7 @@ class StepwellTest:
 
     def describe(self) -> str:
         """Return what has become of each run, for a person."""
-        return accounts.told(self._own, self.client)
+        return accounts.told(self._own, self.client, self._settings.keyring())
 
     # -- the worker
 
@@ -338,7 +343,7 @@ class StepwellTest:
         """Return what each run that has not ended is doing, a line for each."""
         now = time.monotonic()
         lines = []
-        for run in accounts.enqueued(self._own):
+        for run in accounts.enqueued(self._own, self._settings.keyring()):
             if run.status not in ("pending", "running", "waiting"):
                 continue
             steps = [
@@ -365,11 +370,11 @@ class StepwellTest:
         )
 
     def _mismatches(self, ids: Sequence[UUID] | None) -> list[Mismatch]:
-        workflows, guard = self._known().workflows, Sandbox()
+        workflows, keyring, guard = self._known().workflows, self._settings.keyring(), Sandbox()
         found = []
         for run in from_database(self._own, ids=ids, since=None if ids else EVER_SECONDS):
             if run.claimed_as in workflows:
-                mismatch = rehearse(run, _strict(workflows[run.claimed_as]), guard=guard)
+                mismatch = rehearsed(run, _strict(workflows[run.claimed_as]), keyring, guard)
                 found += [mismatch] if mismatch else []
         return found
 
