@@ -17,6 +17,7 @@ from typing import Any
 from outbox.errors import StepFailed
 from outbox.payloads import decode, encode, require_decodable
 
+_MAX_NAME = 1_000
 _MAX_MESSAGE = 4_000
 _MAX_DATA_BYTES = 65_536
 _MAX_TRACE = 4_000
@@ -40,8 +41,7 @@ def encode_fault(error: BaseException, raises: tuple[type[BaseException], ...] =
         data = _data_of(error, warn=isinstance(error, raises))
     if data is not None:
         fault["data"] = data
-    trace = _text("".join(traceback.format_exception(error, limit=-_FRAMES)), _MAX_TRACE, keep_end=True)
-    return {**fault, "trace": trace}
+    return {**fault, "trace": _trace_of(error)}
 
 
 def decode_fault(fault: Mapping[str, Any], raises: tuple[type[BaseException], ...] = ()) -> Exception:
@@ -76,14 +76,15 @@ def has_encodable_form(cls: type[BaseException]) -> bool:
 
 def qualified_name(cls: type) -> str:
     """Return `module.Class`, without the module for what is built in."""
-    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    return _text(name, _MAX_NAME)
 
 
 def _data_of(error: BaseException, *, warn: bool) -> Any:
     """Return the encodable form of `error` as plain JSON values, or None."""
     where = f"data of {qualified_name(type(error))}"
-    to_payload = getattr(error, "to_payload", None)
     try:
+        to_payload = getattr(error, "to_payload", None)
         if to_payload is not None:
             data = to_payload()
         elif hasattr(error, "__dataclass_fields__"):
@@ -92,9 +93,10 @@ def _data_of(error: BaseException, *, warn: bool) -> Any:
         else:
             return None
         return decode(encode(data, where=where, max_bytes=_MAX_DATA_BYTES), where=where)
-    except Exception as failure:  # noqa: BLE001 - the user's to_payload
+    except BaseException as failure:  # noqa: BLE001 - the user's to_payload: not even SystemExit may end the worker
         if warn:
-            logger.warning("data of an error not recorded", extra={"type": where, "reason": str(failure)})
+            reason = _message_of(failure)
+            logger.warning("data of an error not recorded", extra={"type": where, "reason": reason})
         return None
 
 
@@ -118,7 +120,14 @@ def _message_of(error: BaseException) -> str:
         return _text(
             str(error) or (repr(error) if hasattr(error, "__dataclass_fields__") else ""), _MAX_MESSAGE
         )
-    except Exception:  # noqa: BLE001 - the user's __str__; an error that cannot say what it is still has a type
+    except BaseException:  # noqa: BLE001 - the user's __str__; an error that cannot say what it is still has a type
+        return ""
+
+
+def _trace_of(error: BaseException) -> str:
+    try:
+        return _text("".join(traceback.format_exception(error, limit=-_FRAMES)), _MAX_TRACE, keep_end=True)
+    except BaseException:  # noqa: BLE001 - the user's __str__, notes, causes
         return ""
 
 

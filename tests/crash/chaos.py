@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -274,6 +275,7 @@ def table(chaos: Chaos, load: Load, verdict: Verdict, minutes: float, seed: int)
 @click.option("--postgres", "version", default=18, show_default=True, help="Major version: 15, 16 or 18.")
 def main(minutes: float, seed: int | None, version: int) -> None:
     """Let everything go wrong, and see whether the promise was kept."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
     seed = int(time.time()) if seed is None else seed
     home = Path(tempfile.mkdtemp(prefix="stepwell-chaos-"))
     click.echo(f"chaos for {minutes:g} minutes, seed {seed}; logs and ledger in {home}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
@@ -13,7 +12,7 @@ from outbox.settings import Settings
 from worker.cli.connecting import session
 from worker.cli.json_text import STDIN, given_text, read_json
 from worker.cli.options import database_option, json_option
-from worker.cli.rendering import compact, console, moment_text, one_line, plain, print_json
+from worker.cli.rendering import compact, console, json_text, moment_text, one_line, plain, print_json
 from worker.cli.run_ids import resolved
 from worker.cli.run_view import state_view
 
@@ -80,7 +79,7 @@ def follow_stream(
         out = console()
         for item in items:
             if as_json:
-                click.echo(json.dumps(item.to_json(), ensure_ascii=False))
+                click.echo(json_text(item.to_json()))
             else:
                 out.print(_line(item), soft_wrap=True)
 

@@ -11,6 +11,8 @@ from outbox.errors import ResultTimeout, RunBlocked, RunCancelled, RunConflict, 
 FAILED = 1
 MISTAKE = 2
 
+KEPT = "\n\u200c\u200d"  # the last two are invisible, but part of how names are written in several scripts
+
 _ASKED_AND_FAILED = (RunFailed, RunCancelled, RunBlocked, RunConflict, ResultTimeout)
 
 
@@ -37,6 +39,8 @@ def told(error: Exception) -> Told | None:
             return Told(
                 one_line(error), FAILED if isinstance(error, (Failed, *_ASKED_AND_FAILED)) else MISTAKE
             )
+        case UnicodeEncodeError():  # of bytes that are no text Python makes half characters, which nobody takes
+            return Told(f"{error.object[:80]!r} is not UTF-8", MISTAKE)
         case psycopg.errors.InsufficientPrivilege():
             said = error.diag.message_primary or one_line(error)
             return Told(
@@ -52,5 +56,12 @@ def told(error: Exception) -> Told | None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of `error` without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Return the message of `error` without line breaks, and fit for a terminal: it may quote what anybody has sent."""
+    return spelled_out(" ".join(str(error).split())) or type(error).__name__
+
+
+def spelled_out(text: str) -> str:
+    """Return `text` with control and other invisible characters spelled out, so that they cannot drive a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in KEPT else c.encode("unicode_escape").decode() for c in text)

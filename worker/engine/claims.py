@@ -262,7 +262,8 @@ class Claimant:
                 except psycopg.Error as error:
                     if is_disconnect(error) or not is_transient(error):
                         raise
-                    logger.warning("statement %s is refused and will be sent again: %s", name, error)
+                    said = error.diag.message_primary  # the rest of the error may quote parameters
+                    logger.warning("statement %s is refused and will be sent again: %s", name, said)
                 await self.close()
                 await asyncio.sleep(REFUSED_SECONDS)
 

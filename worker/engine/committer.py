@@ -169,7 +169,7 @@ class Committer:
         if is_conflict(error):
             await asyncio.sleep(CONFLICT_SECONDS)
             return
-        logger.error("a flush of %d transitions is refused and will be sent again: %s", rows, error)
+        logger.error("a flush of %d transitions is refused and will be sent again: %s", rows, _said(error))
         await self.close()  # another connection may reach a server that can write
         await asyncio.sleep(REFUSED_SECONDS)
 

@@ -60,7 +60,7 @@ def _with_histories(
             epoch=epoch,
             key_epoch=key_epoch,
             seed=seed,
-            labels={} if labels is None else decode(labels, dict[str, str], where=f"the labels of run {run}"),
+            labels={} if labels is None else decode(labels, dict[str, Any], where=f"the labels of run {run}"),
             input=msgspec.Raw(given.encode()),
             history=histories[run],
         )

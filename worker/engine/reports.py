@@ -31,6 +31,13 @@ def log_long(run_id: UUID, workflow: str, records: int) -> None:
     )
 
 
+def kind_of(error: BaseException) -> str:
+    """Return what sort of an error of the database it is. Its message may hold payload: SQLAlchemy's has the parameters."""
+    original = getattr(error, "orig", None) or error
+    state = getattr(original, "sqlstate", None)
+    return type(original).__name__ + (f" (SQLSTATE {state})" if state else "")
+
+
 _IS = {"failed": "has failed", "blocked": "is blocked"}
 
 

@@ -54,7 +54,7 @@ class RunFacts(msgspec.Struct, frozen=True):
     created_at: datetime
     seed: UUID | str
     epoch: int = 0
-    labels: dict[str, str] = {}
+    labels: dict[str, Any] = {}
     key_epoch: int = 0
 
 

@@ -68,7 +68,7 @@ class RecordedRun(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int = 0
     key_epoch: int = 0
     seed: UUID | None = None
-    labels: dict[str, str] = {}
+    labels: dict[str, Any] = {}
     input: msgspec.Raw
     history: Sequence[RecordedCall]
 

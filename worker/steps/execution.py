@@ -20,7 +20,6 @@ from uuid import UUID
 
 import msgspec
 
-from outbox.errors import PayloadError
 from worker.context import StepInfo, executing
 from worker.definitions import NOT_DONE, Step
 from worker.replay.records import Path, RunFacts
@@ -150,7 +149,7 @@ class Executor:
     ) -> Returned | Raised | TimedOut | CutShort:
         try:
             args, kwargs = call.bound()
-        except PayloadError as error:
+        except BaseException as error:  # noqa: BLE001 - the classes of the arguments are user code
             return Raised(error, final=True)
         if not is_async:
             return await self.in_thread(call, lambda: function(*args, **kwargs), timeout, _never)
@@ -200,7 +199,7 @@ def _caught(call: Call, function: Callable[[], Any]) -> Returned | Raised:
 def _encoded(call: Call, value: Any) -> Outcome:
     try:
         return Answered(call.encoded(value))
-    except PayloadError as error:
+    except BaseException as error:  # noqa: BLE001 - a PayloadError, or what the class of the value has raised
         return Raised(error, final=True)
 
 

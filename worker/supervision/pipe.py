@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,7 +41,7 @@ class Briefing:
     """What a child needs to know to work."""
 
     settings: Settings
-    url: str
+    url: str = field(repr=False)
     app: str
     worker_id: int
     supervisor_id: int
