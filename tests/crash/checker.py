@@ -8,8 +8,8 @@ Was a finished step repeated? The time at which its record was committed is `pg_
 wall clock of the machine that also stamps the facts. An execution that began later than that ran after the end. One of
 two things it then was: a claim that was older than the one that finished (a worker that was frozen, and began when it
 woke up), which nobody can prevent and which is counted as *stale*; or one that Stepwell has granted after the end, which
-is what must never happen. The fence tells: it grows with every claim and every transition, so what was granted after the
-end has a higher one than all that had begun before it.
+is what must never happen. The fence tells: it grows with every claim and every transition, and the execution that finished
+had the highest of all that had begun before the end. What has a lower one is an older claim's.
 
 What `check` wants of the workflows: each step reports ``start`` first and ``effect`` when it has taken effect, under its
 own name; a transactional step says so, and inserts one row into `witness.booked` with its run, path and fence.
@@ -231,17 +231,23 @@ def _check_repeats(records: list[Record], facts: list[Fact], verdict: Verdict) -
     for fact in facts:
         if fact.what == "start":
             starts[f"{fact.run}:{fact.path}"].append(fact)
-    again = _again(records)
-    for (run, path), ends in _completed(records).items():
-        if again[run]:
-            continue  # what was rewound is executed again, under another key
+    again = {each.run for each in records if each.kind == "epoch"}
+    final: dict[Call, list[Record]] = defaultdict(list)
+    for each in records:
+        # What was rewound is executed again, under another key; what had failed, when its run is retried.
+        if each.kind == "step" and each.n == 0 and (each.outcome == "completed" or each.run not in again):
+            final[each.run, each.path].append(each)
+    rewound = _again(records)
+    for (run, path), ends in final.items():
+        if rewound[run]:
+            continue
         committed = min(each.committed for each in ends)
         begun = starts[f"{run}:{path}"]
         highest = max((fact.fence for fact in begun if fact.at <= committed + CLOCK_SECONDS), default=-1)
         for fact in begun:
             if fact.at <= committed + CLOCK_SECONDS:
                 continue
-            if fact.fence > highest:
+            if fact.fence >= highest:
                 verdict.find(
                     "repeated",
                     f"step {fact.step} at {run}:{path} began {fact.at - committed:.3f} s after it was recorded, "

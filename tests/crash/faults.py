@@ -1,8 +1,9 @@
 """The faults: each strikes at a victim, a worker process, and is healed afterwards.
 
 `strike` returns when the fault has done what makes it one: a process that is stopped past its time was found out by then,
-a frozen tree's runs were taken from it. `heal` brings back what would not come back by itself, and is safe when there is
-nothing to heal. Between the two lies whatever a test wants to happen meanwhile.
+a frozen tree's runs were taken from it. What lasts for a while has begun by then. `heal` has it last so long, and brings
+back what would not come back by itself; it is safe when there is nothing to heal. Between the two lies whatever a test
+wants to happen meanwhile.
 
 `FAULTS` has them by name; the crash matrix uses those of `MATRIX`, a chaos run any.
 """
@@ -76,15 +77,14 @@ class Scene:
         )
 
     def replenish(self) -> None:
-        """Start the supervisors that are missing, and wait until every worker claims."""
-        for _ in range(self.supervisors - len(self.fleet.living)):
-            self.fleet.start(self.processes, claiming=False)
+        """Start the supervisors that are missing, also of those that are about to end; wait until every worker claims."""
         wanted = self.supervisors * self.processes
-        wait_until(
-            lambda: len(self.workers()) == wanted and self.listening() >= wanted,
-            NOTICED_SECONDS,
-            what="all workers",
-        )
+
+        def complete() -> bool:
+            _start_missing(self)
+            return len(self.workers()) == wanted and self.listening() >= wanted
+
+        wait_until(complete, NOTICED_SECONDS, what="all workers")
 
     def listening(self) -> int:
         """Return how many workers are connected and wait for a ring."""
@@ -220,9 +220,9 @@ class Stutter(Fault):
 
     def strike(self, scene: Scene, victim: Held, aim: Aim = Aim()) -> None:
         scene.fleet.signal_tree(victim.supervisor_pid, signal.SIGSTOP)
-        time.sleep(FROZEN_SECONDS / 2)  # the fault itself
 
     def heal(self, scene: Scene, victim: Held) -> None:
+        time.sleep(FROZEN_SECONDS / 2)  # the fault itself
         scene.fleet.signal_tree(victim.supervisor_pid, signal.SIGCONT)
 
 
@@ -287,9 +287,9 @@ class Stall(Fault):
 
     def strike(self, scene: Scene, victim: Held, aim: Aim = Aim()) -> None:
         scene.proxy.freeze()
-        time.sleep(FROZEN_SECONDS)  # the fault itself
 
     def heal(self, scene: Scene, victim: Held) -> None:
+        time.sleep(FROZEN_SECONDS)  # the fault itself
         scene.proxy.thaw()
 
 
@@ -300,9 +300,9 @@ class Blackhole(Fault):
 
     def strike(self, scene: Scene, victim: Held, aim: Aim = Aim()) -> None:
         scene.proxy.blackhole()
-        time.sleep(FROZEN_SECONDS)  # the fault itself
 
     def heal(self, scene: Scene, victim: Held) -> None:
+        time.sleep(FROZEN_SECONDS)  # the fault itself
         scene.proxy.restore()
 
 
@@ -338,9 +338,9 @@ class FreezePostgres(Fault):
 
     def strike(self, scene: Scene, victim: Held, aim: Aim = Aim()) -> None:
         scene.cluster.freeze()
-        time.sleep(FROZEN_SECONDS)  # the fault itself
 
     def heal(self, scene: Scene, victim: Held) -> None:
+        time.sleep(FROZEN_SECONDS)  # the fault itself
         scene.cluster.thaw()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
+from psycopg.types.json import Json
 
 from tests.waiting import wait_until
 
@@ -108,9 +109,7 @@ class Fleet:
         self.db.close()
 
     def enqueue(self, workflow: str, **input: Any) -> UUID:
-        row = self.db.execute(
-            "select stepwell.enqueue(%s, %s)", (workflow, psycopg.types.json.Json(input))
-        ).fetchone()
+        row = self.db.execute("select stepwell.enqueue(%s, %s)", (workflow, Json(input))).fetchone()
         assert row is not None
         run: UUID = row[0]
         return run

@@ -18,16 +18,17 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from worker import current_step
+if TYPE_CHECKING:
+    from worker import StepInfo
 
 ADDRESS_VARIABLE = "STEPWELL_TEST_LEDGER"
 ROOT = Path(__file__).parents[2]
@@ -70,11 +71,11 @@ async def report_async(what: str, step: str, *, transactional: bool = False) -> 
 
 def has_taken_effect() -> bool:
     """Ask the ledger whether the current call has taken effect: what a `verify` function asks of a provider."""
-    return _send(b"?" + current_step().idempotency_key.encode() + b"\n") == YES
+    return _send(b"?" + _step().idempotency_key.encode() + b"\n") == YES
 
 
 def _line(what: str, step: str, transactional: bool) -> bytes:
-    info = current_step()
+    info = _step()
     fact = Fact(
         uuid.uuid4().hex, what, step, str(info.run_id), ".".join(map(str, info.path)), info.execution,
         info.idempotency_key, info.fence, transactional, os.getpid(), time.time(), time.monotonic(),
@@ -82,7 +83,14 @@ def _line(what: str, step: str, transactional: bool) -> bytes:
     return json.dumps([getattr(fact, each.name) for each in fields(Fact)]).encode() + b"\n"
 
 
-_connections = threading.local()
+def _step() -> StepInfo:
+    from worker import current_step  # not for the ledger's own process, which has to start fast
+
+    return current_step()
+
+
+_idle: deque[socket.socket] = deque()
+"""Connections that nobody uses just now."""
 
 
 def _send(line: bytes) -> bytes:
@@ -90,30 +98,36 @@ def _send(line: bytes) -> bytes:
     deadline = time.monotonic() + GIVE_UP_SECONDS
     while True:
         try:
-            connection = getattr(_connections, "socket", None) or _connect()
-            connection.sendall(line)
-            answer = connection.recv(1)
-            if answer:
-                return answer
+            connection = _idle.pop() if _idle else _connect()
+        except IndexError:
+            continue  # another thread has taken the last one
         except OSError:
             if time.monotonic() >= deadline:
                 raise
-        _disconnect()
+            time.sleep(0.05)
+            continue
+        try:
+            connection.sendall(line)
+            answer = connection.recv(1)
+        except OSError:
+            answer = b""
+        if answer:
+            _idle.append(connection)
+            return answer
+        connection.close()
 
 
 def _connect() -> socket.socket:
     host, _, port = os.environ[ADDRESS_VARIABLE].rpartition(":")
     connection = socket.create_connection((host, int(port)), TRY_SECONDS)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    _connections.socket = connection
     return connection
 
 
-def _disconnect() -> None:
-    connection = getattr(_connections, "socket", None)
-    if connection is not None:
-        connection.close()
-        del _connections.socket
+def disconnect() -> None:
+    """Close the connections of this process that nobody uses."""
+    while _idle:
+        _idle.pop().close()
 
 
 # -- in the test
