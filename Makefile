@@ -6,15 +6,16 @@ SHELL := bash
 PYTHON ?= python3
 REPEAT ?= 1
 MINUTES ?= 10
+JOBS ?= 2
 SEED ?=
 ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup demo test slow nightly crash bench lint types layers format
+.PHONY: help setup demo test versions slow nightly crash mutations chaos bench lint types layers format
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  ARGS='…' is handed on to demo, test, crash and bench: make demo ARGS='--leads 200 --keep'"
 
@@ -29,20 +30,30 @@ demo: setup ## Welcome a thousand leads while workers are killed
 	$(BIN)/stepwell demo $(ARGS)
 
 test: setup ## Run all tests but the slow ones
-	$(BIN)/pytest -m 'not slow' $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow' $(ARGS)
+
+versions: setup ## Run the tests that need a database on the other versions of Postgres that are here
+	for version in $$($(BIN)/python -m tests.postgres); do \
+		echo "on Postgres $$version"; \
+		$(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow' --postgres $$version tests/integration tests/crash $(ARGS); \
+	done
 
 slow: setup ## Run the slow tests: the demo in every way it can go
 	$(BIN)/pytest -m slow $(ARGS)
 
-nightly: setup ## Run random programs among random kills, thousands of them, with another seed each time
+nightly: setup ## Run thousands of random programs among random kills, another seed each time, and the whole matrix
 	STEPWELL_PROGRAMS=$${STEPWELL_PROGRAMS:-3000} STEPWELL_SEED=$${STEPWELL_SEED:-$$(date +%s)} \
 		$(BIN)/pytest tests/crash/test_programs.py $(ARGS)
+	STEPWELL_MATRIX=full $(BIN)/pytest tests/crash/test_matrix.py $(ARGS)
 
 crash: setup ## Run the crash tests, slow ones too; REPEAT=10 runs them ten times in a row
 	for round in $$(seq $(REPEAT)); do \
 		echo "crash tests, round $$round of $(REPEAT)"; \
 		$(BIN)/pytest -m crash $(ARGS); \
 	done
+
+mutations: setup ## Turn off one guard after the other, and see that a test notices; ARGS='--only fence'
+	$(BIN)/python -m tests.mutations $(ARGS)
 
 chaos: setup ## Let everything go wrong under a mixed load, MINUTES=10 long, SEED=… says how
 	$(BIN)/python -m tests.crash.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)

@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -199,3 +200,19 @@ def _lives(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def found() -> list[int]:
+    """Return the versions that this machine has, the one that tests run on by default first."""
+    there = []
+    for version in VERSIONS:
+        try:
+            binaries(version)
+        except LookupError:
+            continue
+        there.append(version)
+    return there
+
+
+if __name__ == "__main__":
+    sys.stdout.write(" ".join(map(str, found()[1:])) + "\n")
