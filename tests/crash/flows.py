@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import time
-from pathlib import Path
 from typing import Any
 
 import psycopg
 import tenacity
 
+from tests.crash.gates import HOME, pass_gate, pass_gate_async
 from worker import NOT_DONE, current_step, retrying, sleep, step, transaction, workflow
-
-HOME = Path(os.environ["STEPWELL_TEST_HOME"])
-GATE_SECONDS = 60.0
 
 
 def note(what: str, step_name: str) -> None:
@@ -26,28 +21,6 @@ def note(what: str, step_name: str) -> None:
         os.write(descriptor, line.encode())
     finally:
         os.close(descriptor)
-
-
-def closed(gate: str) -> bool:
-    """Say that somebody stands at the gate; tell whether it is closed."""
-    if not (HOME / f"closed-{gate}").exists():
-        return False
-    (HOME / f"reached-{gate}").touch()
-    return True
-
-
-def pass_gate(gate: str) -> None:
-    """Wait in a thread until the gate is open."""
-    deadline = time.monotonic() + GATE_SECONDS
-    while closed(gate) and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
-async def pass_gate_async(gate: str) -> None:
-    """Wait in the loop until the gate is open."""
-    deadline = time.monotonic() + GATE_SECONDS
-    while closed(gate) and time.monotonic() < deadline:  # noqa: ASYNC110 - a file opens it, from another process
-        await asyncio.sleep(0.01)
 
 
 @step

@@ -10,7 +10,8 @@ import time
 
 import psycopg
 
-from tests.crash.flows import HOME, closed, note
+from tests.crash.flows import note
+from tests.crash.gates import HOME, closed
 from worker import current_step, gather, sleep, step, transaction, workflow
 
 PATIENCE_SECONDS = 120.0

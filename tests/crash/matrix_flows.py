@@ -6,16 +6,14 @@ and after its effect. `tag` names the run's gates and files.
 
 from __future__ import annotations
 
-import asyncio
 import os
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import psycopg
 import tenacity
 
+from tests.crash.gates import HOME, pass_gate, pass_gate_async
 from tests.crash.ledger import has_taken_effect, report, report_async
 from worker import (
     NOT_DONE,
@@ -30,31 +28,9 @@ from worker import (
     workflow,
 )
 
-HOME = Path(os.environ["STEPWELL_TEST_HOME"])
-GATE_SECONDS = 60.0
 NAP_SECONDS = 3600.0
 """What the test does not wait for: it has the time come."""
 AGAIN = retrying(stop=tenacity.stop_after_attempt(5), wait=tenacity.wait_fixed(NAP_SECONDS))
-
-
-def closed(gate: str) -> bool:
-    """Say that somebody stands at the gate; tell whether it is closed."""
-    if not (HOME / f"closed-{gate}").exists():
-        return False
-    (HOME / f"reached-{gate}").touch()
-    return True
-
-
-def pass_gate(gate: str) -> None:
-    deadline = time.monotonic() + GATE_SECONDS
-    while closed(gate) and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
-async def pass_gate_async(gate: str) -> None:
-    deadline = time.monotonic() + GATE_SECONDS
-    while closed(gate) and time.monotonic() < deadline:  # noqa: ASYNC110 - a file opens it, from another process
-        await asyncio.sleep(0.01)
 
 
 def fail_once(tag: str) -> None:

@@ -191,6 +191,38 @@ async def test_a_connection_lost_in_the_step_repeats_it(lab: Lab, kind: str) -> 
     assert await lab.history(run) == [("1", 0, "completed"), ("2", 0, "completed")]
 
 
+@pytest.mark.parametrize("kind", SYNC_AND_ASYNC)
+async def test_a_step_that_has_lost_its_claim_with_its_connection_is_not_called_again_here(
+    lab: Lab, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a worker that was frozen in the step: somebody else may have finished it."""
+    keep_house_often(monkeypatch)
+    gate = Gate()
+    first = [True]
+
+    def dying(given: Any, run: Any) -> None:
+        if first and first.pop():
+            gate.passed_in_thread()
+            run("select pg_terminate_backend(pg_backend_pid())")
+
+    async def dying_async(given: Any, run: Any) -> None:
+        if first and first.pop():
+            await gate.passed()
+            await run("select pg_terminate_backend(pg_backend_pid())")
+
+    business = Business(kind, dying_async if "Async" in kind else dying)
+    fenced = counted("stepwell_fenced_writes_total")
+    async with lab.engine(business.registry):
+        run = await lab.enqueue(business.flow)
+        await gate.reached()
+        await lab.execute("update stepwell.tasks set attempt = attempt + 1 where run_id = %s", [run])
+        gate.open()
+        assert await lab.succeeded(run) == "saved x and went on"  # given back by the audit
+    assert business.executions == 2
+    assert counted("stepwell_fenced_writes_total") == fenced + 1
+    assert await notes(lab) == ["x"]
+
+
 async def test_a_step_that_always_loses_its_connection_fails_in_the_end(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:

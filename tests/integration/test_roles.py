@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
-from typing import Any
 from uuid import uuid4
 
 import psycopg
 import pytest
-from psycopg.errors import InsufficientPrivilege
 from psycopg.rows import TupleRow
 
 from outbox import Client, ConfigError, SchemaError
 from outbox.database import connect
 from tests.claimant import Claimant
 from tests.flows import Lead, welcome
+from tests.security.members import Member, member_of
 
 Db = psycopg.Connection[TupleRow]
-
-_numbers = itertools.count(1)
 
 TABLES = (
     "runs", "keys", "tasks", "outbox", "signals", "state", "stream", "workers", "workflows", "counters", "doorbell",
@@ -28,56 +24,28 @@ TABLES = (
 PRODUCERS_OWN = ("enqueue", "enqueue_many", "signal", "cancel", "current_version")
 
 
-class Member:
-    """A login role with one of ours, its URL, and a connection of its own."""
-
-    def __init__(self, name: str, url: str, db: Db) -> None:
-        self.name = name
-        self.url = url
-        self.db = db
-
-    def one(self, statement: str, *parameters: Any) -> Any:
-        row = self.db.execute(statement.encode(), parameters or None).fetchone()
-        assert row is not None
-        return row[0]
-
-    def is_refused(self, statement: str) -> bool:
-        try:
-            self.db.execute(statement.encode())
-        except InsufficientPrivilege:
-            return True
-        return False
-
-
-def member_of(role: str, database_url: str, owner: Db) -> Iterator[Member]:
-    login = f"test_login_{next(_numbers)}"
-    owner.execute(f"create role {login} login in role {role}".encode())
-    url = database_url.replace("postgres@", f"{login}@")
-    try:
-        with connect(url, application_name="test") as connection:
-            yield Member(login, url, connection)
-    finally:
-        owner.execute(f"drop owned by {login}; drop role {login}".encode())
-
-
 @pytest.fixture
 def producer(database_url: str, db: Db) -> Iterator[Member]:
-    yield from member_of("stepwell_producer", database_url, db)
+    with member_of("stepwell_producer", database_url, db) as member:
+        yield member
 
 
 @pytest.fixture
 def viewer(database_url: str, db: Db) -> Iterator[Member]:
-    yield from member_of("stepwell_viewer", database_url, db)
+    with member_of("stepwell_viewer", database_url, db) as member:
+        yield member
 
 
 @pytest.fixture
 def worker(database_url: str, db: Db) -> Iterator[Member]:
-    yield from member_of("stepwell_worker", database_url, db)
+    with member_of("stepwell_worker", database_url, db) as member:
+        yield member
 
 
 @pytest.fixture
 def stranger(database_url: str, db: Db) -> Iterator[Member]:
-    yield from member_of("pg_signal_backend", database_url, db)
+    with member_of("pg_signal_backend", database_url, db) as member:
+        yield member
 
 
 def functions(db: Db) -> list[tuple[str, str]]:

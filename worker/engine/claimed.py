@@ -366,7 +366,10 @@ class Claimed:
         call = self._call(step)
         outcome = await self._means.transactions.execute(call, self._timeout(step), conclude)
         if isinstance(outcome, Uncertain):
-            outcome = await self._resolved(step)
+            outcome = await self._resolved(step, ConnectionError("the connection was lost at COMMIT"))
+        elif isinstance(outcome, Repeat) and outcome.begun:
+            # Time has gone by, and the claim maybe with it: what was called is not called again without asking.
+            outcome = await self._resolved(step, outcome.error)
         if isinstance(outcome, Committed):
             self._repeats = self._begun = 0
             turn, writing = concluded[0]
@@ -389,10 +392,10 @@ class Claimed:
             case _:
                 assert_never(outcome)
 
-    async def _resolved(self, step: DoStep) -> Committed | Repeat | Lost:
-        """Find out whether a COMMIT took place whose answer was lost: a flush that only bumps the position tells.
+    async def _resolved(self, step: DoStep, error: BaseException) -> Committed | Repeat | Lost:
+        """Find out what has become of a transaction, and of the claim: a flush that only bumps the position tells.
 
-        It waits for the old backend. Once it is applied, that one is fenced. Where it is answered *already*, the old
+        If nothing was committed, `error` is why the step is repeated. The flush waits for the old backend. Once it is applied, that one is fenced. Where it is answered *already*, the old
         backend had committed, or the flush had been applied before and is a resend: the history knows.
         """
         turn = Turn(step)
@@ -403,7 +406,7 @@ class Claimed:
         if receipt.verdict is Verdict.ALREADY and await self._is_recorded(step.path):
             return Committed(Verdict.ALREADY.value + 4 * receipt.cancelling)
         self._standing.applied(probe)
-        return Repeat(ConnectionError("the connection was lost at COMMIT"))
+        return Repeat(error)
 
     async def _is_recorded(self, path: Path) -> bool:
         """Tell whether a call has its outcome. Nobody else writes it while this claim stands."""
