@@ -239,9 +239,10 @@ class Server:
 
     def _initialise(self) -> None:
         """Create the cluster beside its place and move it there: a killed initdb leaves nothing usable."""
-        fresh = self.home / "postgres.new"
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(mode=0o700)
+        for left in self.home.glob("postgres.new*"):
+            shutil.rmtree(left, ignore_errors=True)
+        # A name of its own: what an initdb that was interrupted has started may still write for a moment.
+        fresh = Path(tempfile.mkdtemp(prefix="postgres.new-", dir=self.home))
         account = self._account()
         if account:
             os.chown(fresh, account.pw_uid, account.pw_gid)
