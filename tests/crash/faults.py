@@ -56,13 +56,18 @@ class Scene:
     processes: int = 2
 
     def workers(self) -> list[Held]:
-        """Return the workers that the database holds for alive and whose processes live."""
+        """Return the workers that the database holds for alive and whose processes live, under a supervisor of ours.
+
+        What is left of a tree that was killed is init's for a moment, and nobody may strike at that.
+        """
         found = []
+        ours = {each.pid for each in self.fleet.living}
         for worker, pid in self.fleet.db.execute(
             "select id, pid from stepwell.workers where dead_at is null order by id"
         ).fetchall():
             with contextlib.suppress(OSError):
-                found.append(Held(pid, parent_of(pid), worker))
+                if (parent := parent_of(pid)) in ours:
+                    found.append(Held(pid, parent, worker))
         return found
 
     def siblings(self, victim: Held) -> list[Held]:
@@ -157,7 +162,7 @@ class KillSupervisor(Fault):
 
     def strike(self, scene: Scene, victim: Held, aim: Aim = Aim()) -> None:
         children = children_of(victim.supervisor_pid)
-        _signal(victim.supervisor_pid, signal.SIGKILL)
+        scene.fleet.signal_supervisor(victim.supervisor_pid, signal.SIGKILL)
         _reap(scene, victim)
         wait_until(lambda: not any(map(_runs, children)), NOTICED_SECONDS, what="the orphans to end")
 
@@ -232,7 +237,7 @@ class Drain(Fault):
     name = "drain"
 
     def strike(self, scene: Scene, victim: Held, aim: Aim = Aim()) -> None:
-        _signal(victim.supervisor_pid, signal.SIGTERM)
+        scene.fleet.signal_supervisor(victim.supervisor_pid, signal.SIGTERM)
 
     def heal(self, scene: Scene, victim: Held) -> None:
         _reap(scene, victim)

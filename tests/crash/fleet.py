@@ -190,10 +190,18 @@ class Fleet:
         self.signal_tree(supervisor_pid, signal.SIGKILL)
 
     def signal_tree(self, supervisor_pid: int, number: signal.Signals) -> None:
-        """Send a signal to a supervisor and then to its workers."""
-        for pid in (supervisor_pid, *children_of(supervisor_pid)):
+        """Send a signal to a supervisor of ours and then to its workers."""
+        children = children_of(supervisor_pid)
+        self.signal_supervisor(supervisor_pid, number)
+        for pid in children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
+
+    def signal_supervisor(self, pid: int, number: signal.Signals) -> None:
+        """Send a signal to a supervisor; it has to be one of ours, and not whoever has inherited its workers."""
+        supervisor = next((each for each in self._supervisors if each.pid == pid), None)
+        assert supervisor is not None, f"process {pid} is no supervisor of this test"
+        supervisor.send_signal(number)
 
     def _count(self) -> int:
         row = self.db.execute("select count(*) from stepwell.workers where dead_at is null").fetchone()
