@@ -103,13 +103,13 @@ def binaries(version: int) -> Path:
     return embedded.binaries(version)
 
 
-def wait_for(condition: Any, seconds: float) -> None:
-    """Return when `condition` answers true."""
+def wait_for(condition: Any, seconds: float, *, every: float = 0.005) -> None:
+    """Return when `condition`, which is asked so often, answers true."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError("a benchmark waited in vain; see workers.log")
-        time.sleep(0.005)
+        time.sleep(every)
 
 
 def living(db: psycopg.Connection[Any]) -> int:

@@ -84,8 +84,8 @@ def sleepers(bench: Bench, sleeping: int, due: int) -> dict[str, float]:
             db.execute(WAKE, (due,))
             time.sleep(2.0)
             began = time.monotonic()
-            while not log.exists() or log.read_bytes().count(b"\n") < due:
-                time.sleep(0.05)  # reading it all the time would take a good part of a core from the workers
+            # Seldom: reading it all the time would take a good part of a core from the workers.
+            wait_for(lambda: log.exists() and log.read_bytes().count(b"\n") >= due, 120, every=0.05)
             seconds = time.monotonic() - began
             busy = max(_rss_mb(pid) for pid in pids)
     return {
