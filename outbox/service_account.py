@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import pwd
 import stat
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 from outbox.errors import ConfigError
@@ -15,19 +19,32 @@ SERVICE_ACCOUNT = "pgserver"
 
 def service_account() -> pwd.struct_passwd:
     """Return the account that runs Postgres for root, creating it when the machine has none."""
-    try:
-        return pwd.getpwnam(SERVICE_ACCOUNT)
-    except KeyError:
-        pass
     options = ["--system", "--no-create-home", "--user-group", "--shell", "/bin/sh"]
     try:
-        subprocess.run(["useradd", *options, SERVICE_ACCOUNT], check=True, capture_output=True)
-        return pwd.getpwnam(SERVICE_ACCOUNT)
+        with _one_at_a_time():
+            with contextlib.suppress(KeyError):
+                return pwd.getpwnam(SERVICE_ACCOUNT)
+            subprocess.run(["useradd", *options, SERVICE_ACCOUNT], check=True, capture_output=True)
+            return pwd.getpwnam(SERVICE_ACCOUNT)
     except (OSError, subprocess.CalledProcessError, KeyError):
         raise ConfigError(
             f"Postgres does not run as root, and the account {SERVICE_ACCOUNT!r} for it cannot be created: "
             "run Stepwell as an ordinary user, or set STEPWELL_DATABASE_URL"
         ) from None
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Let no two processes of ours change the accounts of the machine at once.
+
+    Two runs of useradd can lose what the first has written: an account that was found is not there a moment later.
+    """
+    directory = os.open("/etc", os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(directory)
 
 
 def require_reach(home: Path, account: pwd.struct_passwd) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -355,3 +356,24 @@ def test_a_server_that_does_not_start_shows_the_end_of_its_log(settings: Setting
 def test_the_url_is_unknown_before_the_start(settings: Settings) -> None:
     with pytest.raises(ConfigError, match="has not been started"):
         _ = EmbeddedPostgres(settings).url
+
+
+@root_only
+def test_processes_that_start_at_once_on_a_new_machine_find_one_account() -> None:
+    name = f"stepwell-{os.getpid()}"
+    code = (
+        "import pwd\n"
+        "from outbox import service_account as module\n"
+        f"module.SERVICE_ACCOUNT = {name!r}\n"
+        "print(pwd.getpwuid(module.service_account().pw_uid).pw_uid)\n"
+    )
+    try:
+        started = [
+            subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(6)
+        ]
+        found = {each.communicate(timeout=60)[0] for each in started}
+        assert {each.returncode for each in started} == {0}
+        assert len(found) == 1, "each of them was told of the same one"
+        assert pwd.getpwnam(name).pw_uid == int(found.pop()), "and it is there to stay"
+    finally:
+        subprocess.run(["userdel", name], check=False, capture_output=True)
