@@ -6,7 +6,7 @@ SHELL := bash
 PYTHON ?= python3
 REPEAT ?= 1
 MINUTES ?= 10
-JOBS ?= 2
+JOBS ?= 4
 SEED ?=
 ARGS ?=
 BIN := .venv/bin
@@ -38,8 +38,8 @@ versions: setup ## Run the tests that need a database on the other versions of P
 		$(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow' --postgres $$version tests/integration tests/crash $(ARGS); \
 	done
 
-slow: setup ## Run the slow tests: the demo in every way it can go
-	$(BIN)/pytest -m slow $(ARGS)
+slow: setup ## Run the slow tests: the demo in every way it can go, and the crash matrix
+	$(BIN)/pytest -n $(JOBS) --dist load -m slow $(ARGS)
 
 nightly: setup ## Run thousands of random programs among random kills, another seed each time, and the whole matrix
 	STEPWELL_PROGRAMS=$${STEPWELL_PROGRAMS:-3000} STEPWELL_SEED=$${STEPWELL_SEED:-$$(date +%s)} \
@@ -49,7 +49,7 @@ nightly: setup ## Run thousands of random programs among random kills, another s
 crash: setup ## Run the crash tests, slow ones too; REPEAT=10 runs them ten times in a row
 	for round in $$(seq $(REPEAT)); do \
 		echo "crash tests, round $$round of $(REPEAT)"; \
-		$(BIN)/pytest -m crash $(ARGS); \
+		$(BIN)/pytest -n $(JOBS) --dist load -m crash $(ARGS); \
 	done
 
 mutations: setup ## Turn off one guard after the other, and see that a test notices; ARGS='--only fence'

@@ -455,7 +455,7 @@ def checkpoint(db: Db) -> None:
 
 def test_a_connection_that_is_cut_between_two_calls_is_replaced(client: Client, db: Db) -> None:
     client.enqueue("w")
-    db.execute(f"select pg_terminate_backend(pid) {CLIENTS}".encode())
+    db.execute(f"select pg_terminate_backend(pid, 10000) {CLIENTS}".encode())
     client.enqueue("w")
     assert one(db, "select count(*) from stepwell.runs") == 2
 
