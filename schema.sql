@@ -65,6 +65,7 @@ create table stepwell.runs (
     parent_path int[],                             -- … and by which call; null once nobody waits for it any more
     counted     boolean not null default false,    -- the parent counts it among its pending calls
     detached    boolean not null default false,    -- not cancelled with its parent
+    begun       boolean not null default false,    -- by itself, not called: the join that it was begun in may be over
     deadline_at timestamptz,
     trace       text,
     seed        uuid,                              -- what random() and uuid() draw from; null: the id
@@ -197,7 +198,7 @@ create table stepwell.outbox (
     constraint outbox_kind_known check (kind in ('step', 'sleep', 'signal', 'child', 'patch', 'run', 'epoch', 'cancel')),
     constraint outbox_outcome_fits check (case
         when kind = 'run'   then n = 0 and path = '{}' and outcome in ('succeeded', 'failed', 'cancelled', 'blocked')
-        when kind = 'epoch' then n = 1 and path = '{}' and outcome in ('retry', 'rewind', 'fork', 'continue')
+        when kind = 'epoch' then n = 1 and path = '{}' and outcome in ('retry', 'resolve', 'rewind', 'fork', 'continue')
         when kind = 'cancel' then n = 2 and path = '{}' and outcome = 'cancelled'
         when n = 0          then outcome in ('completed', 'failed')
         else n > 0 and outcome in ('failed', 'interrupted') end)
@@ -402,6 +403,9 @@ begin
         raise exception 'stepwell: at, delay and deadline must end between the years 1 and 9000' using errcode = '22023';
     end if;
     -- Whoever claims, lists or exports a run reads its labels: what jsonb holds beyond this, not everybody can.
+    if octet_length(enqueue_many.labels::text) > 65536 then
+        raise exception 'stepwell: labels have at most 65,536 bytes as JSON' using errcode = '22023';
+    end if;
     if jsonb_typeof(enqueue_many.labels) <> 'object' or jsonb_path_exists(enqueue_many.labels, 'strict $.**{9}')
        or jsonb_path_exists(enqueue_many.labels, '$.** ? (@.type() == "number" && @.abs() > 1e308)') then
         raise exception 'stepwell: labels must be a JSON object, nested 8 levels deep at most, without numbers above 1e308'
@@ -558,13 +562,19 @@ begin
             select min(o.seq) into first_void from outbox o
             where o.run_id = standing.run and o.seq < opening.seq and o.kind not in ('run', 'epoch')
               and not voided @> o.seq and o.path[1:cardinality(to_path)] = to_path;
-        elsif opening.outcome = 'retry' then
+        elsif opening.outcome in ('retry', 'resolve') then
             select min(o.seq) filter (where o.kind = 'cancel') into first_void from outbox o
             where o.run_id = standing.run and o.seq < opening.seq and not voided @> o.seq
             having not coalesce(bool_or(o.kind = 'step' and o.path[cardinality(o.path)] = 0), false);
         end if;
         if first_void is not null then
             voided := voided + int4multirange(int4range(first_void, opening.seq));
+        end if;
+        if opening.outcome = 'resolve' then     -- what was said of that step before
+            to_path := array(select p::int from json_array_elements_text(opening.value -> 'at') p);
+            select voided + coalesce(range_agg(int4range(o.seq, o.seq + 1)), '{}') into voided from outbox o
+            where o.run_id = standing.run and o.seq < opening.seq and o.path = to_path
+              and o.kind = 'step' and o.n = 0 and o.outcome = 'completed';
         end if;
     end loop;
     return query
@@ -689,12 +699,12 @@ begin
     where s.kind not in ('epoch', 'cancel', 'patch') and at_or_after(s.path, to_path) order by s.seq limit 1;
     if not found and cardinality(to_path) > 0 then
         raise exception 'stepwell: run % has nothing recorded at % or after it', run, array_to_string(to_path, '.')
-            using errcode = '22023';
+            using errcode = '55000';
     end if;
     gone := undone(run);
     if exists (select from standing(run) s where s.path = gone and s.seq < cut.seq) then
         raise exception 'stepwell: the step at % was undone when run % ended: rewind to % or before',
-            array_to_string(gone, '.'), run, array_to_string(gone, '.') using errcode = '22023';
+            array_to_string(gone, '.'), run, array_to_string(gone, '.') using errcode = '55000';
     end if;
 
     -- Before what has come since: ids below all that were drawn, the last of these signals first.
@@ -787,7 +797,7 @@ begin
     into cut from standing(fork.run) s;
     if not has_come_to(fork.run, from_path) then
         raise exception 'stepwell: run % has not come to call %', fork.run, array_to_string(from_path, '.')
-            using errcode = '22023';
+            using errcode = '55000';
     end if;
 
     insert into outbox (run_id, epoch, path, n, seq, kind, name, fingerprint, outcome, value, error, worker, at)
@@ -819,8 +829,9 @@ end
 $$;
 
 -- Say for a step how it ended, where nobody knows but a person: with a value or an error {"type", "message"}. For a
--- blocked or failed run, which goes on as by a retry. Answers the new epoch, or null for a run in another state or one
--- whose steps were undone.
+-- blocked or failed run, which goes on as by a retry. What was said of a step is no execution (no worker has recorded it):
+-- as long as the run has not gone on from there it can be said otherwise, in an epoch that voids it. Answers the new
+-- epoch, or null for a run in another state or one whose steps were undone.
 create function stepwell.resolve(run uuid, at_path int[], value json default null, error json default null)
 returns int
     language plpgsql
@@ -830,6 +841,7 @@ as $$
 declare
     r      runs;
     known  outbox;
+    anew   boolean;
     opened int;
     place  constant text := array_to_string(at_path, '.');
 begin
@@ -858,19 +870,25 @@ begin
     where s.path = at_path and s.kind = 'step' order by s.seq desc limit 1;
     if not found then
         raise exception 'stepwell: run % has no execution of a step at %', resolve.run, coalesce(place, '?')
-            using errcode = '22023';
+            using errcode = '55000';
     end if;
-    if known.n = 0 and known.outcome = 'completed' then
+    anew := known.n = 0 and known.outcome = 'completed';
+    if anew and known.worker is not null then
         raise exception 'stepwell: step % at % has completed', known.name, place
-            using errcode = '22023', hint = 'rewind to it to have it executed again';
+            using errcode = '55000', hint = 'rewind to it to have it executed again';
     end if;
-    if exists (select from standing(resolve.run) s
-               where s.kind not in ('epoch', 'cancel', 'patch') and (s.n > 0 or s.outcome <> 'failed')
-                 and known.path[cardinality(known.path)] > 0 and comes_after(s.path, at_path)) then
-        raise exception 'stepwell: the run has gone on since step % at % failed', known.name, place
-            using errcode = '22023', hint = 'rewind to it to have it executed again';
+    if known.path[cardinality(known.path)] > 0 and (
+            exists (select from standing(resolve.run) s
+                    where s.kind not in ('epoch', 'cancel', 'patch') and (s.n > 0 or s.outcome <> 'failed')
+                      and comes_after(s.path, at_path))
+            or anew and exists (select from runs c where c.parent_id = resolve.run and comes_after(c.parent_path, at_path)))
+    then
+        raise exception 'stepwell: the run has gone on since step % at % %', known.name, place,
+            case when anew then 'was resolved' else 'failed' end
+            using errcode = '55000', hint = 'rewind to it to have it executed again';
     end if;
-    opened := reopen(resolve.run, 'retry');
+    opened := case when anew then reopen(resolve.run, 'resolve', json_build_object('at', at_path))
+                   else reopen(resolve.run, 'retry') end;
     insert into outbox (run_id, epoch, path, n, seq, kind, name, fingerprint, outcome, value, error)
     select resolve.run, opened, at_path, 0, t.seq + 1, 'step', known.name, known.fingerprint,
            case when resolve.error is null then 'completed' else 'failed' end, resolve.value, resolve.error
@@ -1045,8 +1063,8 @@ as $$
 $$;
 
 -- Erase what came in under a key, and what was made of it: the payloads of its family (see family_of), the key itself,
--- labels and lane. What happened stays: names, outcomes, times. The key may be used again then, for a new run. Answers the
--- runs; raises 55000 if one of them is open, or was called by a run that is not among them and so holds its result.
+-- labels, lane and tenant. What happened stays: names, outcomes, times. The key may be used again then, for a new run.
+-- Answers the runs; raises 55000 if one of them is open, or was called by a run that is not among them and so holds its result.
 --
 -- Each run is locked, until no more are found: one that has ended calls nothing, and a fork of it has to wait. A blocked
 -- one, which could never go on, is cancelled.
@@ -1088,7 +1106,7 @@ begin
     where x.id = any (family) and k.workflow = x.workflow and k.key = x.key and k.run_id = x.id;
     update runs x
     set input = marker, output = case when x.output is not null then marker end, error = forgotten_fault(x.error),
-        key = null, labels = null, lane = null, forgotten_at = clock_timestamp()
+        key = null, labels = null, lane = null, tenant = null, forgotten_at = clock_timestamp()
     where x.id = any (family);
     -- What was said when an epoch was opened is where from; of a fresh start it is the input.
     update outbox o
@@ -1101,6 +1119,9 @@ begin
     delete from tasks t where t.run_id = any (family) and t.kind not in ('wake', 'deliver');
     delete from tasks t                                        -- what would be told to a run that has ended
     where t.state = 'ready' and t.queue = 'stepwell' and t.run_id = any (family) and t.kind = 'wake';
+    -- A signal whose transaction is still open cannot be seen here. If it commits before this one does, nobody knows yet
+    -- that the run was forgotten when its own wake is applied; this one is applied after both.
+    perform wake(f, 'forget', '{}') from unnest(family) f;
     return family;
 end
 $$;
@@ -1120,6 +1141,25 @@ select r.id, r.workflow, r.version, r.queue, r.priority, r.labels, r.epoch, r.pa
        t.id as task, t.state as task_state, t.due_at, t.attempt, t.doing, t.interruptions, t.cancelling, t.claimed_by
 from stepwell.runs r
 left join stepwell.tasks t on t.run_id = r.id and t.kind = 'run' and t.path = '{}';
+
+
+-- The workers whose supervisor holds their advisory lock: that on the worker's id, in a session of somebody who may be
+-- a supervisor. Anybody who may connect can take the lock of any number, and keep a dead worker from being noticed, were
+-- he counted. Who may be one: whoever may write to workers, be it as the owner, as a superuser or by a grant, or may
+-- become such a role (a login that inherits nothing and takes its role by SET ROLE).
+-- A bigint key is shown as classid (high half) and objid (low half), objsubid 1.
+create view stepwell.supervised as
+with held as materialized (
+    select (l.classid::bigint << 32) | l.objid::bigint as worker, a.usesysid as holder
+    from pg_catalog.pg_locks l
+    join pg_catalog.pg_stat_activity a on a.pid = l.pid
+    where l.locktype = 'advisory' and l.objsubid = 1 and l.granted
+      and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = pg_catalog.current_database()))
+select h.worker
+from held h
+where has_table_privilege(h.holder, 'stepwell.workers'::regclass, 'update')
+   or pg_has_role(h.holder, (select n.nspowner from pg_catalog.pg_namespace n where n.nspname = 'stepwell'), 'member')
+   or pg_has_role(h.holder, to_regrole('stepwell_worker'), 'member');
 
 
 -- =====================================================================================================
@@ -1219,6 +1259,25 @@ as $$
         select from stepwell.outbox o where o.run_id = run and o.epoch = in_epoch and o.path = '{}' and o.n = 2)
 $$;
 
+-- How many bytes a value has as text, without reading it: all are stored as they are, but for one that came compressed
+-- from a table of somebody's.
+create function stepwell.size_of(value json) returns int
+    language sql stable parallel safe
+as $$
+    select case when pg_column_compression(value) is null then pg_column_size(value) else octet_length(value::text) end
+$$;
+
+-- Whether a value is no larger than at_most bytes (null: any), or was when it was sealed, which makes a third more of it
+-- and a little. Nearly always without reading it.
+create function stepwell.fits(value json, at_most bigint) returns boolean
+    language sql stable parallel safe
+as $$
+    select case when at_most is null or value is null then true
+                when pg_column_compression(value) is null and pg_column_size(value) <= at_most then true
+                when stepwell.size_of(value) > (at_most + 50) * 4 / 3 + 200 then false
+                else octet_length(value::text) <= at_most or starts_with(value::text, '{"stepwell:sealed":') end
+$$;
+
 -- Claim up to at_most ready tasks of one queue, and the wakes and timers that are due, for a worker that is alive.
 --
 -- I3: the worker's own row is locked first; no row, no claim: a dead worker's statement that still sits
@@ -1227,15 +1286,18 @@ $$;
 -- floors: for each group (priority * 2 + fresh) the turn below which this worker has seen everything
 --     claimed: without it one old open transaction makes each claim walk all dead index entries.
 -- alone: take one suspect instead. The caller has nothing else in flight.
+-- max_input: the input of a run that has more bytes is not read, `oversize` says how many it has: producers may write any.
+-- max_passed: the same for what bodies have passed: arguments of steps, inputs of children and of fresh starts.
 create function stepwell.claim_v1(
-    me bigint, on_queue text, known text[], at_most int, floors bigint[], alone boolean default false)
+    me bigint, on_queue text, known text[], at_most int, floors bigint[], alone boolean default false,
+    max_input bigint default null, max_passed bigint default null)
 returns table (
     task bigint, run_id uuid, kind text, name text, attempt int, "position" int, doing int[], wakeups int, seq int,
     interrupted boolean, interruptions int, cancelling boolean, turn bigint, grp int,
     due_in float8, waited float8, deadline_in float8, running_for float8, now timestamptz,
     epoch int, created_at timestamptz, version text, labels text, input text,
     path int[], parent bigint, workflow text, args text, driven int, pending int, signals int,
-    seed uuid, key_epoch int, base_epoch int, awaited boolean)
+    seed uuid, key_epoch int, base_epoch int, awaited boolean, oversize int)
     language plpgsql
     set search_path = pg_catalog, stepwell, pg_temp
     set plan_cache_mode = force_generic_plan
@@ -1297,11 +1359,18 @@ begin
                     else extract(epoch from r.deadline_at - clock_timestamp())::float8 end,
                extract(epoch from clock_timestamp() - t.started_at)::float8, clock_timestamp(),
                coalesce(r.epoch, (t.args ->> 'epoch')::int), r.created_at, r.version, r.labels::text,
-               case when t.kind = 'run' then r.input::text end,
-               t.path, t.parent, r.workflow, t.args::text, t.driven, t.pending, t.signals,
-               coalesce(r.seed, r.id), r.key_epoch, r.base_epoch, r.parent_path is not null
+               case when t.kind = 'run' and given.fits then r.input::text end,
+               t.path, t.parent, r.workflow, case when t.kind <> 'step' or given.fits then t.args::text end, t.driven,
+               t.pending, t.signals,
+               coalesce(r.seed, r.id), r.key_epoch, r.base_epoch, r.parent_path is not null,
+               case when not given.fits then size_of(case when t.kind = 'run' then r.input else t.args end) end
         from tasks t
         left join runs r on r.id = any (of_runs) and r.id = t.run_id and t.kind <> 'wake'
+        cross join lateral (
+            select case t.kind when 'run' then fits(r.input, case when r.parent_id is null and r.base_epoch = 0
+                                                                  then max_input else max_passed end)
+                               when 'step' then fits(t.args, max_passed)
+                               else true end as fits) given
         where t.id = any (ids)
         order by array_position(ids, t.id);
 end
@@ -1514,9 +1583,10 @@ $$;
 --
 --   tasks     [{i, kind, path, name, queue, args, delay, until, wakes, held, windowed, released}]
 --             calls that become tasks of their own; held ones are readied by their window
---   children  [{i, path, workflow, version, queue, input, counted, detached, deadline}]  runs that it has called
+--   children  [{i, path, workflow, version, queue, input, counted, detached, deadline, begun}]  runs that it has called,
+--             or begun to wait for them later, or never
 --   dropped   [{i, path}]  nobody waits any more for the calls at and below this path: what nobody has claimed
---             is not executed, what somebody executes is recorded and wakes nobody
+--             is not executed, what somebody executes is recorded and wakes nobody; runs that were begun go on
 --   settled   [{i, path}]  wait again for those of them that somebody executes
 --   taken     [{i, signal}]
 --   states    [{i, key, value}]
@@ -1568,11 +1638,11 @@ begin
     select array_agg(distinct made.queue) into rung from made where made.state = 'ready';
     perform ring(q) from unnest(rung) q;
 
-    perform call_child_v1(x.task, x.run_id, d.path, d.workflow, d.version, d.queue, d.input, d.counted, d.detached,
+    perform call_child_v1(x.task, x.run_id, d.path, d.workflow, d.version, d.queue, d.input, d.counted, d.detached, d.begun,
                           d.deadline)
     from json_to_recordset(extras -> 'children') as d (
             i int, path int[], workflow text, version text, queue text, input json, counted boolean, detached boolean,
-            deadline float8)
+            begun boolean, deadline float8)
     join unnest(items) x on x.i = d.i where verdicts[x.i] % 4 = 1;
 
     with adopted as (
@@ -1652,7 +1722,7 @@ begin
     for child in
         select r.* from runs r
         where r.parent_id = of_run and r.parent_path is not null and r.parent_path >= at_path
-          and r.parent_path < beyond(at_path)
+          and r.parent_path < beyond(at_path) and not r.begun  -- somebody may still have its handle
         order by r.id for update                               -- one that is just ending will be counted down by its wake
     loop
         update runs r set parent_path = null where r.id = child.id;
@@ -1694,7 +1764,7 @@ $$;
 -- opened again if it did not succeed, for the parent was retried because of that.
 create function stepwell.call_child_v1(
     of_task bigint, of_run uuid, at_path int[], workflow text, version text, on_queue text, input json,
-    is_counted boolean, is_detached boolean, deadline float8)
+    is_counted boolean, is_detached boolean, is_begun boolean, deadline float8)
 returns void
     language plpgsql
     set search_path = pg_catalog, stepwell, pg_temp
@@ -1736,10 +1806,10 @@ begin
         of_key := 'md5:' || md5(of_key);
     end if;
     insert into runs (id, workflow, version, queue, priority, tenant, labels, input, key, parent_id, parent_path, counted,
-                      detached, deadline_at, trace)
+                      detached, begun, deadline_at, trace)
     values (new_id(), call_child_v1.workflow, coalesce(call_child_v1.version, ''), coalesce(on_queue, parent.queue),
             parent.priority, parent.tenant, parent.labels, call_child_v1.input, of_key, of_run, at_path,
-            coalesce(is_counted, false), coalesce(is_detached, false),
+            coalesce(is_counted, false), coalesce(is_detached, false), coalesce(is_begun, false),
             clock_timestamp() + make_interval(secs => call_child_v1.deadline), parent.trace)
     returning * into child;
     insert into keys (workflow, key, run_id)
@@ -1884,12 +1954,13 @@ begin
         due_at = case when x.then = 'release' then t.due_at
                       when x.then = 'park' then coalesce(x.until, clock_timestamp() + make_interval(secs => x.delay)) end
     from unnest(items) x
-    where t.id = any (own) and t.id = x.task and x.then in ('move', 'park', 'release', 'hold');
+    where t.id = any (own) and t.id = x.task and verdicts[x.i] % 4 = 1 and x.then in ('move', 'park', 'release', 'hold');
 
     -- Nor does a person have to look at what nobody waits for.
     delete from tasks t
     using unnest(items) x
-    where t.id = any (own) and t.id = x.task and (x.then = 'done' or x.then = 'hold' and t.wakes = 0);
+    where t.id = any (own) and t.id = x.task and verdicts[x.i] % 4 = 1
+      and (x.then = 'done' or x.then = 'hold' and t.wakes = 0);
 end
 $$;
 
@@ -1954,11 +2025,20 @@ as $$
 declare
     applied constant bigint[] := array(
         select x.task from unnest(items) x where x.then = 'wake' and verdicts[x.i] % 4 = 1);
+    sent    constant uuid[] := array(
+        select w.run_id from tasks w where w.id = any (applied) and w.name in ('signal', 'forget'));
+    gone    uuid[];
     meant   uuid[];
     idle    bigint[];
     poison  tasks;
 begin
     perform tell_v1(applied);
+
+    -- What was sent to a run by a transaction that was still open when the run was forgotten.
+    select array_agg(r.id) into gone from runs r where r.id = any (sent) and r.forgotten_at is not null;
+    if gone is not null then
+        delete from signals s where s.run_id = any (gone);
+    end if;
 
     -- One in a later epoch was not meant, and a second one changes nothing: what cleans up is not cut short.
     select array_agg(x.run_id) into meant
@@ -2144,6 +2224,10 @@ declare
 begin
     if current_setting('stepwell.canary', true) is distinct from canary then
         raise exception 'stepwell: the step ended the transaction it was given' using errcode = 'SW002';
+    end if;
+    -- What follows is begun once this is committed, so this has to be durable, whatever the step has asked for (I7).
+    if current_setting('synchronous_commit') in ('off', 'local') then
+        perform set_config('synchronous_commit', 'on', true);
     end if;
     verdict := (stepwell.flush_v1(me, transitions, records, ends, extras))[1];
     if verdict % 4 = 3 then

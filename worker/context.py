@@ -23,7 +23,7 @@ from worker.replay.records import dotted
 if TYPE_CHECKING:
     from worker.definitions import Workflow
     from worker.replay.calls import Call, JoinCall, Started
-    from worker.replay.records import Path, RunFacts
+    from worker.replay.records import Path, Record, RunFacts
 
 T = TypeVar("T")
 
@@ -68,8 +68,12 @@ class Drive(Protocol):
         """Have a child made."""
         ...
 
-    def answered(self, of: Path) -> None:
-        """Take note that what has become of a child is recorded."""
+    def answered(self, of: Path, record: Record) -> None:
+        """Take note that what has become of a child is recorded, and how."""
+        ...
+
+    def is_recorded(self, path: Path) -> bool:
+        """Tell whether the result of the child that was called at a path is recorded."""
         ...
 
     def continue_as(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
@@ -90,6 +94,10 @@ class Drive(Protocol):
 
     def uuid(self) -> _uuid.UUID:
         """Return the next UUID."""
+        ...
+
+    def line(self) -> str:
+        """Return the line of the user's code that runs now."""
         ...
 
     def report(self, violation: BaseException) -> None:

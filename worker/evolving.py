@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -11,6 +12,9 @@ from worker.context import current_drive
 
 if TYPE_CHECKING:
     from worker.definitions import Workflow
+
+MAX_DEADLINE_SECONDS = 2e11
+"""Six thousand years: no deadline may be beyond the year 9000, at enqueue as well."""
 
 
 def patched(name: str) -> bool:
@@ -36,7 +40,8 @@ def retire_patch(name: str) -> None:
 def continue_as(*args: Any, **kwargs: Any) -> NoReturn:
     """End this history and start the same run anew with these arguments: for runs that would never end.
 
-    Never returns. The run keeps its id and its key; signals that were not taken stay. Raises PayloadError.
+    Never returns. The run keeps its id and its key; signals that were not taken stay. Raises PayloadError for arguments
+    that the workflow does not take, and then nothing has happened.
     """
     drive = current_drive.get()
     if drive is None:
@@ -48,14 +53,14 @@ def continue_as(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def start(workflow: Workflow[..., Any], /, *args: Any, **kwargs: Any) -> Awaitable[Any]:
-    """Start a child run and go on; await what is returned for its result.
+    """Start a child run and go on; await what is returned for its result, any number of times, alone or in joins.
 
     Two options beside the arguments of the workflow: ``detached=True`` lets it live on when this run is cancelled,
-    ``deadline=`` (seconds) limits it.
+    ``deadline=`` (seconds, or a timedelta) limits it. Raises PayloadError for arguments that the workflow does not take.
     """
     from worker.definitions import Workflow as Defined
 
-    detached, deadline = bool(kwargs.pop("detached", False)), kwargs.pop("deadline", None)
+    detached, seconds = bool(kwargs.pop("detached", False)), _limit(kwargs.pop("deadline", None))
     if not isinstance(workflow, Defined):
         raise ConfigError(f"start() takes a workflow, got {workflow!r}")
     drive = current_drive.get()
@@ -63,8 +68,21 @@ def start(workflow: Workflow[..., Any], /, *args: Any, **kwargs: Any) -> Awaitab
         raise ConfigError(
             "start() starts a child of a run; outside of the body of a workflow enqueue it with a Client"
         )
-    seconds = deadline.total_seconds() if isinstance(deadline, timedelta) else deadline
     return drive.begin_child(workflow, workflow.payload_of(args), kwargs, detached=detached, deadline=seconds)
+
+
+def _limit(deadline: Any) -> float | None:
+    """Return how many seconds a child may take, None if it has no limit."""
+    if deadline is None:
+        return None
+    seconds = deadline.total_seconds() if isinstance(deadline, timedelta) else deadline
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+        raise ValueError(
+            f"start(deadline=…) takes a number of seconds that is not negative, or a timedelta, got {deadline!r}"
+        )
+    if seconds > MAX_DEADLINE_SECONDS:
+        raise ValueError(f"start(deadline=…) must end before the year 9000, got {deadline!r}")
+    return float(seconds)
 
 
 def _checked(name: Any, function: str) -> str:

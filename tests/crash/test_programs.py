@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from uuid import UUID
 import pytest
 
 from tests.crash.fleet import ROOT, Fleet
-from tests.crash.programs import Maker, Node, signals_of
+from tests.crash.programs import Maker, Node, chancy_of, signals_of
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.crash
@@ -54,24 +55,29 @@ def fleet(database_url: str, tmp_path: Path) -> Iterator[Fleet]:
 
 def test_random_programs_come_out_alike_whatever_is_killed(fleet: Fleet) -> None:
     programs = [Maker(SEED + number).program() for number in range(PROGRAMS)]
-    calm = {f"calm{n}": p for n, p in enumerate(programs)}
-    storm = {f"storm{n}": p for n, p in enumerate(programs)}
+    kills = max(KILLS, KILLS * PROGRAMS // 200)
 
-    undisturbed = _ran(fleet, calm, kills=0)
-    disturbed = _ran(fleet, storm, kills=max(KILLS, KILLS * PROGRAMS // 200))
+    undisturbed = _ran(fleet, _tagged("calm", programs), kills=0)
+    disturbed = _ran(fleet, _tagged("storm", programs), kills=kills)
+    # Cancelled at any moment, a run is over as it would have been, or cancelled.
+    stopped = _ran(fleet, _tagged("stray", programs[::4]), kills=kills // 3, cancelling=True)
 
     for number, program in enumerate(programs):
         named = f"program {number} of seed {SEED}: {program}"
-        assert _plain(disturbed[f"storm{number}"], "storm") == _plain(undisturbed[f"calm{number}"], "calm"), (
-            named
-        )
-    assert _saved(fleet, "storm") == _saved(fleet, "calm"), (
+        calm = _plain(undisturbed[f"calm{number}"], "calm")
+        assert _plain(disturbed[f"storm{number}"], "storm") == calm, named
+        if number % 4 == 0:
+            stray = _plain(stopped[f"stray{number // 4}"], "stray")
+            assert stray[0] == "cancelled" or _renumbered(stray, number // 4, number) == calm, named
+    chancy = {n: set(chancy_of(program)) for n, program in enumerate(programs)}
+    assert _saved(fleet, "storm", chancy) == _saved(fleet, "calm", chancy), (
         "what transactional steps did, and undid, exactly once"
     )
-    assert _effects(fleet, "storm").keys() == _effects(fleet, "calm").keys(), (
+    assert _effects(fleet, "storm", chancy).keys() == _effects(fleet, "calm", chancy).keys(), (
         "what other steps did, at least once"
     )
-    assert set(_effects(fleet, "calm").values()) <= {1}, "and once when nothing was killed"
+    assert set(_effects(fleet, "calm", chancy).values()) <= {1}, "and once when nothing was killed"
+    assert _wrongly_undone(fleet) == []
     assert _keys_are_stable(fleet)
     assert fleet.db.execute("select count(*) from stepwell.tasks").fetchone() == (0,)
     assert _unrecorded(fleet) == []
@@ -81,7 +87,13 @@ def test_random_programs_come_out_alike_whatever_is_killed(fleet: Fleet) -> None
     )  # fmt: skip
 
 
-def _ran(fleet: Fleet, programs: dict[str, list[Node]], kills: int) -> dict[str, tuple[Any, ...]]:
+def _tagged(tag: str, programs: list[list[Node]]) -> dict[str, list[Node]]:
+    return {f"{tag}{n}": program for n, program in enumerate(programs)}
+
+
+def _ran(
+    fleet: Fleet, programs: dict[str, list[Node]], kills: int, *, cancelling: bool = False
+) -> dict[str, tuple[Any, ...]]:
     """Run the programs, among so many kills; return how each has ended."""
     runs = {tag: fleet.enqueue("interpret", tag=tag, program=program) for tag, program in programs.items()}
     for tag, program in programs.items():
@@ -92,6 +104,9 @@ def _ran(fleet: Fleet, programs: dict[str, list[Node]], kills: int) -> dict[str,
         if not _open(fleet):
             break
         time.sleep(chance.uniform(*BETWEEN_KILLS_SECONDS))
+        if cancelling:
+            for run in chance.sample(list(runs.values()), len(runs) // kills + 1):
+                fleet.db.execute("select stepwell.cancel(%s)", (run,))
         fleet.kill_one(chance)
     wait_until(lambda: not _open(fleet), 60 + SECONDS_EACH * len(programs), what="every run to end")
     return {tag: _ended(fleet, run) for tag, run in runs.items()}
@@ -116,9 +131,32 @@ def _plain(ended: tuple[Any, ...], tag: str) -> tuple[Any, ...]:
     return tuple(None if part is None else str(part).replace(tag, "") for part in ended)
 
 
-def _saved(fleet: Fleet, tag: str) -> Counter[tuple[str, int, str]]:
+def _renumbered(ended: tuple[Any, ...], number: int, other: int) -> tuple[Any, ...]:
+    """Return how a run has ended as if it had another number: outputs quote the tags of their runs."""
+    return tuple(None if part is None else re.sub(rf'"{number}(?=[ /])', f'"{other}', part) for part in ended)
+
+
+def _saved(fleet: Fleet, tag: str, chancy: dict[int, set[int]]) -> Counter[tuple[str, int, str]]:
     rows = fleet.db.execute("select tag, number, what from saved where tag like %s", (f"{tag}%",))
-    return Counter((where.removeprefix(tag), number, what) for where, number, what in rows)
+    saved = ((where.removeprefix(tag), number, what) for where, number, what in rows)
+    return Counter(each for each in saved if each[1] not in chancy[_program(each[0])])
+
+
+def _program(tag: str) -> int:
+    return int(tag.partition("/")[0])
+
+
+def _wrongly_undone(fleet: Fleet) -> list[Any]:
+    """Return what was booked more than once, or not unbooked as its run has ended, or unbooked otherwise."""
+    return fleet.db.execute(
+        """select s.tag, s.number, r.state, s.booked, s.unbooked
+             from (select tag, number, count(*) filter (where what = 'book') as booked,
+                          count(*) filter (where what like 'unbook %') as unbooked
+                     from saved group by tag, number) s
+             join stepwell.runs r on r.input ->> 'tag' = s.tag
+            where s.booked > 1
+               or s.unbooked <> case when r.state in ('failed', 'cancelled') then s.booked else 0 end"""
+    ).fetchall()
 
 
 def _ledger(fleet: Fleet) -> list[tuple[str, str]]:
@@ -126,8 +164,9 @@ def _ledger(fleet: Fleet) -> list[tuple[str, str]]:
     return [(effect, key) for effect, _, key in (line.partition("\t") for line in lines)]
 
 
-def _effects(fleet: Fleet, tag: str) -> Counter[str]:
-    return Counter(effect.removeprefix(tag) for effect, _ in _ledger(fleet) if effect.startswith(tag))
+def _effects(fleet: Fleet, tag: str, chancy: dict[int, set[int]]) -> Counter[str]:
+    effects = (effect.removeprefix(tag) for effect, _ in _ledger(fleet) if effect.startswith(tag))
+    return Counter(each for each in effects if int(each.split()[1]) not in chancy[_program(each.split()[0])])
 
 
 def _keys_are_stable(fleet: Fleet) -> bool:

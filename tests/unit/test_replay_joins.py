@@ -12,7 +12,7 @@ from outbox.errors import RunFailed, StepFailed
 from tests.unit.drives import FACTS, record
 from worker import Cancelled, call, first, gather, map, sleep, start, step, wait, wait_signal, workflow
 from worker.definitions import collecting
-from worker.replay.decisions import Await, AwaitChild, Block, Cancel, DoStep, Fail, Finish, Settle, TakeSignal
+from worker.replay.decisions import Await, AwaitChild, Block, Cancel, DoStep, Finish, TakeSignal
 from worker.replay.driver import Replay
 from worker.replay.records import Record
 
@@ -345,49 +345,3 @@ def test_a_cancellation_is_raised_where_the_body_stands_and_lets_it_clean_up() -
     assert decision.path == (2,)
     assert replay.deliver(done((2,), "one", 2)) == Cancel()
     assert drive(body, cancelled(), done((1, 1, 1), "one", 0), done((2,), "one", 2)).start() == Cancel()
-
-
-def test_completed_steps_are_undone_in_reverse_order_with_their_arguments_and_results() -> None:
-    async def body() -> None:
-        await charge(1)
-        await gather(charge(2), one(3))
-        raise ValueError("no")
-
-    history = [done((1,), "charge", "r1"), done((2, 1, 1), "charge", "r2"), done((2, 2, 1), "one", 3)]
-    replay = drive(body, *history)
-    decision = replay.start()
-    assert isinstance(decision, DoStep)
-    assert (decision.path, decision.arguments) == ((2, 1, 1, 0), '{"n":2,"receipt":"r2"}')
-    decision = replay.deliver(done((2, 1, 1, 0), "refund"))
-    assert isinstance(decision, DoStep)
-    assert (decision.path, decision.arguments) == ((1, 0), '{"n":1,"receipt":"r1"}')
-    outcome = replay.deliver(done((1, 0), "refund"))
-    assert isinstance(outcome, Fail)
-    again = drive(body, *history, done((2, 1, 1, 0), "refund"), done((1, 0), "refund")).start()
-    assert again == outcome
-
-
-def test_an_undo_that_fails_needs_a_person() -> None:
-    async def body() -> None:
-        await charge(1)
-        raise ValueError("no")
-
-    replay = drive(body, done((1,), "charge", "r1"))
-    replay.start()
-    outcome = replay.deliver(broken((1, 0), "refund"))
-    assert isinstance(outcome, Block)
-    assert outcome.reason == "an undo failed"
-
-
-def test_the_undo_waits_for_calls_that_may_still_complete() -> None:
-    async def body() -> None:
-        await gather(charge(1), one(2))
-
-    failing = broken((1, 2, 1), "one")
-    decision = drive(body, failing, driven=0).start()
-    assert decision == Settle(((1, 1, 1),), fresh=True)
-    late = drive(body, failing, done((1, 1, 1), "charge", "r1"), driven=1)
-    assert late.start() == Settle(((1, 1, 1),), fresh=False)
-    decision = late.settled()
-    assert isinstance(decision, DoStep)
-    assert decision.path == (1, 1, 1, 0)

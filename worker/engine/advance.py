@@ -21,10 +21,10 @@ from outbox.codec import encode_fault
 from outbox.errors import HistoryMismatch, PayloadError
 from worker.definitions import Workflow
 from worker.engine.claimed import Claimed, with_earlier
-from worker.engine.claims import Claim, Mail
-from worker.engine.mailbox import Mailbox
+from worker.engine.claims import Claim, Mail, max_passed_bytes
+from worker.engine.mailbox import Mailbox, OversizeError
 from worker.engine.means import Means
-from worker.engine.reports import held
+from worker.engine.reports import held, too_large
 from worker.engine.sealed import Seals, opened_input, opened_records, unopened
 from worker.engine.spreading import extras_of, held_only, settling, spread
 from worker.engine.transitions import Extra
@@ -95,6 +95,8 @@ class Advance(Claimed):
         """Drive a new body through what is recorded."""
         self._close()
         standing = self._standing
+        if self.claim.oversize is not None:
+            return self._oversize(self.claim.oversize)
         try:
             given, applying = self._opened(visible(history) if history else [])
         except HistoryMismatch as mismatch:
@@ -110,12 +112,27 @@ class Advance(Claimed):
     def _opened(self, records: list[Record]) -> tuple[str, list[Record]]:
         """Return the input and records as they were before they were sealed. Raises PayloadError."""
         claim, keyring = self.claim, self._means.keyring
-        given = opened_input(claim.input, keyring, claim.workflow)
+        stored = claim.input
+        assert stored is not None
+        given = opened_input(stored, keyring, claim.workflow)
         if self._seals is not None:
-            self._seals.take_in(claim.input, claim.seed)
+            self._seals.take_in(stored, claim.seed)
         if records:
-            records = opened_records(records, keyring, input=claim.input, seed=claim.seed)
+            records = opened_records(records, keyring, input=stored, seed=claim.seed)
         return given, records
+
+    def _oversize(self, size: int) -> Block:
+        claim, limit = self.claim, self._means.settings.max_payload_bytes
+        if claim.awaited or claim.base_epoch:
+            limit = max_passed_bytes(limit)
+        advice = "enqueue anew with the address of the data, which are kept elsewhere, or raise the limit and retry"
+        return too_large(f"the input of workflow {claim.workflow!r}", size, limit, advice)
+
+    def _oversize_signal(self, mail: Mail) -> Block:
+        return too_large(
+            f"the payload of signal {mail.name!r}", mail.oversize or 0, self._means.settings.max_payload_bytes,
+            f"raise the limit and retry, or delete row {mail.id} of stepwell.signals and send less",
+        )  # fmt: skip
 
     def _concluded(self, record: Record) -> Turn:
         return Turn(self._delivered(record), (record,))
@@ -252,6 +269,8 @@ class Advance(Claimed):
                 return msgspec.structs.replace(turn, decision=wait.call)
         try:
             taken = self._mailbox.take(awaiting, standing, self._replay)
+        except OversizeError as error:
+            return msgspec.structs.replace(turn, decision=self._oversize_signal(error.mail))
         except PayloadError as error:
             return msgspec.structs.replace(turn, decision=unopened(error))
         if taken.records:

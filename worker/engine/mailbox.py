@@ -1,26 +1,37 @@
 """What was sent to a run, and is taken by its calls: signals, and the results of its children.
 
-Each is taken once, by the flush that records it, first in first out for each name. Pure: it is handed what was read.
+Each is taken once, by the flush that records it, first in first out for each name; a result answers every call that waits
+for it. Pure: it is handed what was read.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
 import msgspec
 
+from outbox.errors import PayloadError
 from outbox.sealing import NO_KEYS, Keyring
 from worker.engine.claims import Mail
 from worker.engine.transitions import Dropped, Extra, Taken
 from worker.engine.turns import Standing
-from worker.replay.decisions import Await, AwaitChild, TakeSignal, Wait
+from worker.replay.decisions import Asked, Await, AwaitChild, TakeSignal
 from worker.replay.driver import Replay
-from worker.replay.records import Record, dotted
+from worker.replay.records import Path, Record, dotted
 
 CHILD = "stepwell:child:"
 """What stands before the path of the call in the name under which a child's result is sent."""
+
+
+class OversizeError(Exception):
+    """The signal `mail`, which is to be taken now, was too large to be read."""
+
+    def __init__(self, mail: Mail) -> None:
+        super().__init__(mail.name)
+        self.mail = mail
 
 
 class TakenMail(NamedTuple):
@@ -38,6 +49,12 @@ class _Result(msgspec.Struct):
     error: dict[str, Any] | None = None
 
 
+_Addressed = TakeSignal | AwaitChild
+"""The calls that wait for mail, …"""
+
+_ADDRESSED = ("signal", "child")
+"""… and their kinds."""
+
 _Opened = str | _Result
 """The payload of a signal as JSON text, or the result of a child."""
 
@@ -54,27 +71,33 @@ class Mailbox:
     def take(self, awaiting: Await, standing: Standing, replay: Replay) -> TakenMail:
         """Hand the body what has come, in the order in which it came, and the time-out that is over.
 
-        What one takes may end the wait of another, which then takes nothing. Raises PayloadError for what cannot be
-        opened, before it has handed anything.
+        One at a time, and the oldest that somebody waits for by then: so it makes no difference whether what has come came
+        before this look or by and by. What one takes may end the wait of another, which then takes nothing, or have the
+        body wait for more. Raises PayloadError for what cannot be opened and OversizeError for what was not read, once
+        nothing is to be handed before it.
         """
-        found: list[tuple[Mail, Wait, _Opened]] = []
-        for wait in awaiting.waits:
-            waiting = self._mail.get(_name_of(wait)) if self._mail else None
-            if waiting:
-                found.append((waiting[0], wait, _opened(waiting[0], wait, self._keyring)))
-                waiting.popleft()
         records: list[Record] = []
         extras: list[Extra] = []
-        for mail, wait, opened in sorted(found, key=lambda each: each[0].id):
-            if not replay.waits_for(wait.call.path):
-                self._mail[mail.name].appendleft(mail)
-                continue
-            record = _record(opened, wait, standing)
+        waiting = _Waiting(self._mail, replay)
+        if self._mail or replay.has_answers():
+            for wait in awaiting.waits:
+                waiting.add(wait.call.path, wait.call)
+        while (found := waiting.oldest()) is not None:
+            call, sent = found
+            try:
+                record = _record(sent, call, standing, self._keyring)
+            except (PayloadError, OversizeError):
+                if not records:
+                    raise
+                break  # it is come upon again when what was taken before it is seen to
+            waiting.took(call, sent)
             replay.hand(record)
+            waiting.look()
             records.append(record)
-            extras.append(Taken(signal=mail.id))
-            if isinstance(wait.call, TakeSignal) and wait.call.seconds is not None:
-                extras.append(Dropped(path=wait.call.path))
+            if isinstance(sent, Mail):
+                extras.append(Taken(signal=sent.id))
+            if isinstance(call, TakeSignal) and call.seconds is not None:
+                extras.append(Dropped(path=call.path))
         if not records and (late := _timed_out(awaiting, standing)) is not None:
             replay.hand(late)
             records.append(late)
@@ -82,21 +105,84 @@ class Mailbox:
         return TakenMail(tuple(records), tuple(extras), taken)
 
 
-def _name_of(wait: Wait) -> str:
-    match wait.call:
-        case TakeSignal(name=name):
-            return name
-        case AwaitChild(of=of):
-            return f"{CHILD}{dotted(of)}"
-        case _:
-            return ""
+class _Waiting:
+    """The calls that wait for mail, those of one name in their order, and which of it is handed to whom next.
+
+    A child tells its result once: what is recorded of it answers every other call that waits for it, before any mail.
+    """
+
+    def __init__(self, mail: dict[str, deque[Mail]], replay: Replay) -> None:
+        self._mail = mail
+        self._replay = replay
+        self._paths: set[Path] = set()
+        self._calls: dict[str, deque[_Addressed]] = {}
+        self._oldest: list[tuple[int, str]] = []
+        self._answered: deque[AwaitChild] = deque()
+
+    def add(self, path: Path, call: Asked) -> None:
+        """Take note of a call that the body waits for."""
+        self._paths.add(path)
+        if not isinstance(call, TakeSignal | AwaitChild):
+            return
+        name = _name_of(call)
+        if isinstance(call, AwaitChild) and self._replay.answer(call.of) is not None:
+            self._answered.append(call)
+        elif mail := self._mail.get(name):
+            if name not in self._calls:
+                self._calls[name] = deque()
+                heappush(self._oldest, (mail[0].id, name))
+            self._calls[name].append(call)
+
+    def look(self) -> None:
+        """Take note of the calls that the body has come to by what it was handed."""
+        for path, call in self._replay.waiting_beyond(self._paths):
+            self.add(path, call.decision(path, ())) if call.kind in _ADDRESSED else self._paths.add(path)
+
+    def oldest(self) -> tuple[_Addressed, Mail | Record] | None:
+        """Return what is to be handed next, and to whom."""
+        while self._answered:
+            child = self._answered[0]
+            if self._replay.waits_for(child.path) and (record := self._replay.answer(child.of)) is not None:
+                return child, record
+            self._answered.popleft()
+        while self._oldest:
+            _, name = self._oldest[0]
+            mail, calls = self._mail[name], self._calls[name]
+            while calls and not self._replay.waits_for(calls[0].path):
+                calls.popleft()
+            if mail and calls:
+                return calls[0], mail[0]
+            heappop(self._oldest)
+            del self._calls[name]
+        return None
+
+    def took(self, call: _Addressed, sent: Mail | Record) -> None:
+        """Take note that a call is handed what was sent."""
+        if isinstance(sent, Record):
+            self._answered.popleft()
+            return
+        mail, calls = self._mail[sent.name], self._calls[sent.name]
+        mail.popleft()
+        calls.popleft()
+        heappop(self._oldest)
+        if isinstance(call, AwaitChild):
+            self._answered.extend(each for each in calls if isinstance(each, AwaitChild))
+            calls.clear()
+        if mail and calls:
+            heappush(self._oldest, (mail[0].id, sent.name))
+        else:
+            del self._calls[sent.name]
 
 
-def _opened(mail: Mail, wait: Wait, keyring: Keyring) -> _Opened:
-    call = wait.call
+def _name_of(call: _Addressed) -> str:
+    return call.name if isinstance(call, TakeSignal) else f"{CHILD}{dotted(call.of)}"
+
+
+def _opened(mail: Mail, call: _Addressed, keyring: Keyring) -> _Opened:
+    if mail.payload is None:
+        raise OversizeError(mail)
     if isinstance(call, TakeSignal):
         return keyring.open(mail.payload, "signal", call.name, where=f"the payload of signal {call.name!r}")
-    assert isinstance(call, AwaitChild)
     result = msgspec.json.decode(mail.payload, type=_Result)
     name, output = call.workflow.name, bytes(result.output).decode()
     result.output = msgspec.Raw(
@@ -107,11 +193,13 @@ def _opened(mail: Mail, wait: Wait, keyring: Keyring) -> _Opened:
     return result
 
 
-def _record(result: _Opened, wait: Wait, standing: Standing) -> Record:
-    call = wait.call
+def _record(sent: Mail | Record, call: _Addressed, standing: Standing, keyring: Keyring) -> Record:
+    """Return the record by which a call takes what was sent, or is answered as another call was."""
+    if isinstance(sent, Record):
+        return standing.record(call.path, 0, "child", sent.name, sent.outcome, sent.value, sent.error)
+    result = _opened(sent, call, keyring)
     if isinstance(result, str):
-        assert isinstance(call, TakeSignal)
-        return standing.record(call.path, 0, "signal", call.name, "completed", result)
+        return standing.record(call.path, 0, "signal", sent.name, "completed", result)
     assert isinstance(call, AwaitChild)
     if result.state == "succeeded":
         return standing.record(

@@ -13,7 +13,7 @@ import msgspec
 from worker.engine.mailbox import timed_out
 from worker.engine.transitions import ChildRow, Dropped, EmittedRow, Extra, Settled, StateRow, TaskRow
 from worker.engine.turns import Spread, Standing
-from worker.replay.decisions import Await, AwaitChild, DoStep, Settle, Sleep, TakeSignal, Wait, Window
+from worker.replay.decisions import Asked, Await, AwaitChild, DoStep, Settle, Sleep, TakeSignal, Wait, Window
 from worker.replay.effects import Effects
 from worker.replay.records import Path
 
@@ -48,7 +48,7 @@ def spread(awaiting: Await, standing: Standing) -> tuple[Spread, tuple[Extra, ..
                 elif wait.fresh and signal.seconds is not None:
                     rows.append(_timeout_row(signal))
             case AwaitChild() as child:
-                is_counted = wait.alone and wait.join == counted
+                is_counted = child.starts and wait.alone and wait.join == counted
                 if wait.fresh and child.starts:
                     rows.append(_child_row(child, counted=is_counted))
                 if not (wait.fresh and is_counted):
@@ -81,7 +81,7 @@ def extras_of(effects: Effects) -> list[Extra]:
     rows += [
         ChildRow(
             path=each.path, workflow=each.workflow.name, version=each.workflow.version, queue=each.workflow.queue,
-            input=_raw(each.input), detached=each.detached, deadline=each.deadline,
+            input=_raw(each.input), detached=each.detached, begun=True, deadline=each.deadline,
         )
         for each in effects.starting
     ]  # fmt: skip
@@ -96,11 +96,14 @@ def settling(decision: Settle) -> list[Extra]:
 def _counted(awaiting: Await) -> Path | None:
     """Return the join with the most calls of its own that are new: the one whose tasks are counted."""
     sizes = Counter(
-        wait.join
-        for wait in awaiting.waits
-        if wait.alone and wait.fresh and isinstance(wait.call, DoStep | AwaitChild)
+        wait.join for wait in awaiting.waits if wait.alone and wait.fresh and _can_count(wait.call)
     )
     return sizes.most_common(1)[0][0] if sizes else None
+
+
+def _can_count(call: Asked) -> bool:
+    """Tell whether what is made for a call can count down its join. A child that was started is made already."""
+    return isinstance(call, DoStep) or (isinstance(call, AwaitChild) and call.starts)
 
 
 def _step_row(step: DoStep, wait: Wait, counted: Path | None, window: Window | None) -> TaskRow:

@@ -74,7 +74,7 @@ class TaskRow(Extra, omit_defaults=True, gc=False, kw_only=True):
 
 
 class ChildRow(Extra, omit_defaults=True, gc=False, kw_only=True):
-    """A run that the body has called."""
+    """A run that the body has called, or begun."""
 
     path: Sequence[int]
     workflow: str
@@ -83,6 +83,7 @@ class ChildRow(Extra, omit_defaults=True, gc=False, kw_only=True):
     input: msgspec.Raw
     counted: bool = False
     detached: bool = False
+    begun: bool = False
     deadline: float | None = None
 
 

@@ -16,7 +16,7 @@ from greenlet import getcurrent  # type: ignore[import-untyped]  # ships no type
 
 from outbox.codec import encode
 from outbox.errors import NotDeterministic
-from worker.replay.calls import ChildCall, Started
+from worker.replay.calls import ChildCall, Started, input_of
 from worker.replay.course import Course
 from worker.replay.cursor import mismatch
 from worker.replay.effects import Effects, Emitted, Starting
@@ -35,7 +35,7 @@ class ContinuedError(BaseException):
 class Asides(Course):
     """A course with what happens beside it. `attempted`: an earlier claim may have come to the first call."""
 
-    __slots__ = ("_attempted", "_draws", "_emitted", "_held_back", "_patches", "_successor")
+    __slots__ = ("_answers", "_attempted", "_draws", "_emitted", "_held_back", "_patches", "_successor")
 
     def __init__(
         self,
@@ -51,6 +51,7 @@ class Asides(Course):
         self._draws = self._emitted = 0
         self._successor: str | None = None
         self._held_back: dict[Path, Starting] = {}
+        self._answers: dict[Path, Record] = {}
         self._patches: dict[str, bool] = dict.fromkeys(self._cursor.patches, True)
 
     def take_effects(self) -> Effects | None:
@@ -110,13 +111,16 @@ class Asides(Course):
         self, workflow: Workflow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, detached: bool,
         deadline: float | None,
     ) -> Started:  # fmt: skip
-        """Have a child made, and return what stands for it. It takes a path, though nothing is recorded there."""
+        """Have a child made, and return what stands for it. It takes a path, though nothing is recorded there.
+
+        Raises PayloadError.
+        """
         strand = self._strand
         if self._stop is not None or strand.closing or getcurrent() is not strand.body:
             self._refuse(workflow.name)
         call = ChildCall(self, workflow, args, kwargs)
         call.once()
-        call.ask()
+        call.ask(())  # nothing is recorded of a start
         path = strand.next_path()
         if self.fresh:
             starting = Starting(path, workflow, call.input, detached, deadline)
@@ -126,12 +130,21 @@ class Asides(Course):
                 self._told().starting.append(starting)
         return Started(self, workflow, path)
 
-    def answered(self, of: Path) -> None:
-        """Take note that what has become of the child begun at a path is recorded.
+    def answered(self, of: Path, record: Record) -> None:
+        """Take note that what has become of the child begun at a path is recorded, for whoever else waits for it.
 
         In a run that was retried, rewound or forked it is not begun again for that.
         """
         self._held_back.pop(of, None)
+        self._answers[of] = record
+
+    def has_answers(self) -> bool:
+        """Tell whether something is recorded of any child that was begun."""
+        return bool(self._answers)
+
+    def answer(self, of: Path) -> Record | None:
+        """Return what is recorded of the child begun at a path, None if that is nothing yet."""
+        return self._answers.get(of)
 
     def continue_as(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
         """End this history; the run starts anew with these arguments. Raises PayloadError."""
@@ -139,8 +152,7 @@ class Asides(Course):
             raise NotDeterministic(
                 f"{calling_line()}: continue_as() ends the whole run, so call it in the body itself"
             )
-        workflow = self._workflow
-        self._successor = workflow.signature.encode_arguments(args, kwargs, where=workflow.arguments_where)
+        self._successor = input_of(self._workflow, args, kwargs)
         raise ContinuedError
 
     def _drawn(self) -> bytes:

@@ -15,7 +15,7 @@ from outbox.codec import decode, decode_fault, fingerprint
 from outbox.errors import HistoryMismatch, PayloadError, RunCancelled, RunFailed
 from worker.replay.cursor import described, mismatch
 from worker.replay.decisions import Asked, AwaitChild, DoStep, Sleep, TakeSignal
-from worker.replay.records import Path, Record
+from worker.replay.records import Path, Record, dotted
 
 if TYPE_CHECKING:
     from worker.context import Drive
@@ -66,8 +66,8 @@ class Call:
 
     # -- for the drive
 
-    def ask(self) -> None:
-        """Encode what it is called with. Raises PayloadError."""
+    def ask(self, path: Path) -> None:
+        """Encode what it is called with at a path. Raises PayloadError."""
 
     def decision(self, path: Path, earlier: tuple[Record, ...]) -> Asked:
         """Return what has to be done for it. `earlier` are the recorded executions that did not complete it."""
@@ -99,7 +99,7 @@ class StepCall(Call):
         """Return the name of the step."""
         return f"step {self.name!r}"
 
-    def ask(self) -> None:
+    def ask(self, path: Path) -> None:  # noqa: ARG002 - who executes it records what it does not take
         """Encode the arguments. Raises PayloadError."""
         step = self.step
         self.arguments = step.signature.encode_arguments(self._args, self._kwargs, where=step.arguments_where)
@@ -120,7 +120,8 @@ class StepCall(Call):
         try:
             return step.signature.decode_result(record.value or "null", where=step.result_where)
         except PayloadError as error:
-            raise _misfit(error, step) from error
+            again = f"`stepwell runs resolve {self._drive.facts.id} {dotted(record.path)} --value …`"
+            raise _misfit(error, step, f"; if a person gave it, {again} gives another") from error
 
 
 class UndoCall(StepCall):
@@ -132,7 +133,7 @@ class UndoCall(StepCall):
         super().__init__(drive, step, (), {})
         self.arguments = arguments
 
-    def ask(self) -> None:
+    def ask(self, path: Path) -> None:  # noqa: ARG002 - as above
         """Take the arguments as they are."""
         self.mark = fingerprint(self.arguments)
 
@@ -229,13 +230,15 @@ class ChildCall(Call):
         """Return the name of the workflow."""
         return f"workflow {self.name!r}"
 
-    def ask(self) -> None:
-        """Encode the input. Raises PayloadError."""
-        if self._of is None:
-            workflow = self._workflow
-            self.input = workflow.signature.encode_arguments(
-                self._args, self._kwargs, where=workflow.arguments_where
-            )
+    def ask(self, path: Path) -> None:
+        """Encode the input. Raises PayloadError, unless what has become of the child is recorded: then it fitted once."""
+        if self._of is not None:
+            return
+        try:
+            self.input = input_of(self._workflow, self._args, self._kwargs)
+        except PayloadError:
+            if not self._drive.is_recorded(path):
+                raise
 
     def decision(self, path: Path, earlier: tuple[Record, ...]) -> AwaitChild:  # noqa: ARG002 - it has no executions
         """Return the wait for the child, which is made first unless it was started."""
@@ -245,7 +248,7 @@ class ChildCall(Call):
         """Return the child's output, or raise RunFailed or RunCancelled."""
         workflow = self._workflow
         if self._of is not None:
-            self._drive.answered(self._of)
+            self._drive.answered(self._of, record)
         if record.outcome == "completed":
             try:
                 return workflow.signature.decode_result(record.value or "null", where=workflow.result_where)
@@ -258,7 +261,11 @@ class ChildCall(Call):
 
 
 class Started:
-    """A child that the body has started: await it for its result, any number of times."""
+    """A child that the body has started: await it for its result, any number of times.
+
+    Each await is a call with a path and a record of its own. The child tells its result once; what later awaits, and others
+    at the same time, are answered with is what is recorded of the first (`Drive.answered`).
+    """
 
     __slots__ = ("_drive", "_workflow", "path")
 
@@ -323,15 +330,25 @@ class JoinCall(Call):
         return self._drive.join(self)
 
 
+def input_of(workflow: Workflow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Return the input of a run as JSON text. Raises PayloadError for what its workflow does not take.
+
+    Asked before it goes out, by decoding it: a run whose input cannot be decoded is blocked for ever.
+    """
+    text = workflow.signature.encode_arguments(args, kwargs, where=workflow.arguments_where)
+    workflow.signature.check_input(text, where=workflow.arguments_where)
+    return text
+
+
 def _failure(record: Record, raises: tuple[type[Exception], ...]) -> BaseException:
     if record.outcome != "failed":
         return mismatch(described(record), "a call that can only complete or fail")
     return decode_fault(record.error or {}, raises)
 
 
-def _misfit(error: PayloadError, definition: Step[Any, Any] | Workflow[..., Any]) -> Misfit:
+def _misfit(error: PayloadError, definition: Step[Any, Any] | Workflow[..., Any], advice: str = "") -> Misfit:
     return Misfit(
-        f"{error}; the recorded value stands, so mend the annotation of {definition.where}",
+        f"{error}; the recorded value stands, so mend the annotation of {definition.where}{advice}",
         expected=str(definition.signature.returns),
         got="a recorded value of another type",
     )

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Container, Sequence
 from contextvars import copy_context
 from datetime import datetime
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from greenlet import getcurrent  # type: ignore[import-untyped]  # ships no types
@@ -123,6 +124,15 @@ class Course(Judged):
             return stop.value  # type: ignore[no-any-return]  # a StopIteration carries Any
         raise self._foreign(awaitable, yielded)
 
+    def is_recorded(self, path: Path) -> bool:
+        """Tell whether the result of the child that was called at a path is recorded."""
+        return self._cursor.has_result(path)
+
+    def waiting_beyond(self, known: Container[Path]) -> list[tuple[Path, Call]]:
+        """Return the calls that the body has come to wait for after those at the paths that are known."""
+        since = list(takewhile(lambda path: path not in known, reversed(self._waiting)))
+        return [(path, self._waiting[path].call) for path in reversed(since)]
+
     @property
     def fresh(self) -> bool:
         """Whether what the body does now is not written down yet."""
@@ -131,7 +141,7 @@ class Course(Judged):
     # -- calls
 
     def _perform_at(self, path: Path, call: Call, strand: Strand) -> Any:
-        call.ask()
+        call.ask(path)
         record: Record | None = None
         if not self._runnable and not self._cursor.spent:
             try:
@@ -159,7 +169,8 @@ class Course(Judged):
         self._seq = record.seq
         mark = call.mark
         if record.fingerprint != mark and record.fingerprint is not None and mark is not None:
-            self._drifted(Drift(record.path, call.name, record.fingerprint, mark))
+            arguments = call.arguments if isinstance(call, StepCall) else ""
+            self._drifted(Drift(record.path, call.name, record.fingerprint, mark, arguments))
         if type(call) is StepCall and call.step.undo is not None and record.outcome == "completed":
             self._undoable().completed(call, record)
 
@@ -305,7 +316,7 @@ class Course(Judged):
             path = (*prefix, 1)
             try:
                 branch.once()
-                branch.ask()
+                branch.ask(path)
             except Exception as error:  # noqa: BLE001 - a mistake of the body's, raised where it joins
                 return join.settle(join.begun, None, error)
             self._waiting[path] = Waiting(path, branch, self.fresh, None, join, join.begun)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from outbox.errors import HistoryMismatch
 from worker.replay.frames import calling_line
-from worker.replay.records import VOIDED, Path, Record, dotted
+from worker.replay.records import VOIDED, Path, Record, dotted, is_undo
 
 if TYPE_CHECKING:
     from worker.replay.calls import Call
@@ -20,7 +20,7 @@ class Cursor:
     recorded of calls that nobody waits for any more (`drop`) is passed over, and kept in `ignored`.
     """
 
-    __slots__ = ("_dropped", "_earlier", "_finals", "_next", "ignored", "patches", "spent")
+    __slots__ = ("_dropped", "_earlier", "_finals", "_next", "_results", "ignored", "patches", "spent")
 
     def __init__(self, history: Iterable[Record]) -> None:
         self.ignored: list[Record] = []
@@ -28,6 +28,7 @@ class Cursor:
         self._finals: list[Record] = []
         self._earlier: dict[Path, list[Record]] = {}
         self._dropped: set[Path] = set()
+        self._results: set[Path] | None = None
         self._next = 0
         for record in history:
             if record.kind in ("run", "epoch"):
@@ -89,6 +90,12 @@ class Cursor:
         if self._earlier:
             self._earlier.pop(path, None)
 
+    def has_result(self, path: Path) -> bool:
+        """Tell whether the result of a child is recorded at a path, whether it was delivered or not."""
+        if self._results is None:
+            self._results = {record.path for record in self._finals if record.kind == "child"}
+        return path in self._results
+
     def drop(self, path: Path) -> None:
         """Pass over what is recorded of the calls at and below a path from here on."""
         self._dropped.add(path)
@@ -109,8 +116,14 @@ class Cursor:
         )
         return next((record for record in executions if record.outcome != VOIDED), None)
 
+    def has_begun_undo(self) -> bool:
+        """Tell whether something is recorded of an undo that was not delivered yet."""
+        return any(is_undo(record.path) for record in self._finals[self._next :]) or any(
+            map(is_undo, self._earlier)
+        )
+
     def _is_dropped(self, path: Path) -> bool:
-        if not path or not path[-1]:  # the undo of a call is waited for, whatever has become of the call
+        if not path or is_undo(path):  # the undo of a call is waited for, whatever has become of the call
             return False
         return any(path[:length] in self._dropped for length in range(1, len(path) + 1))
 

@@ -130,9 +130,10 @@ Decision = DoStep | Sleep | Await | Settle | Finish | Fail | Cancel | Continue |
 
 
 class Drift(msgspec.Struct, frozen=True, gc=False):
-    """A recorded step that was called with other arguments in this replay."""
+    """A recorded step that was called with other arguments in this replay: by fingerprints, and now with `arguments`."""
 
     path: Path
     name: str
     recorded: int
     computed: int
+    arguments: str

@@ -47,7 +47,7 @@ from worker.replay.decisions import (
 )
 from worker.replay.frames import calling_line
 from worker.replay.guards import UNGUARDED, Guard
-from worker.replay.records import Path, Record, RunFacts, dotted, visible
+from worker.replay.records import Path, Record, RunFacts, dotted, is_undo, visible
 from worker.replay.strands import Waiting
 
 if TYPE_CHECKING:
@@ -227,7 +227,11 @@ class Replay(Asides):
         except BaseException as error:  # noqa: BLE001 - user code: it must never take the worker down
             decision = self._raised(error)
         if self._stop is None and isinstance(decision, Fail | Cancel):
-            decision = self._undone(decision)
+            try:
+                decision = self._undone(decision)
+            except BaseException as error:  # noqa: BLE001 - it is discarded while it waits, or cannot be undone
+                self._condemn(error)
+                decision = self._verdict
         self._ended_as = decision
         main.ended = True
         if self._stop is not None:
@@ -237,6 +241,10 @@ class Replay(Asides):
 
     def _returned(self, result: Any) -> Decision | None:
         if self._stop is not None:
+            return self._verdict
+        if self._successor is not None:
+            swallowed = "the body has caught what continue_as() ends it with, and gone on; let BaseException pass in it"
+            self.report(NotDeterministic(f"{self._workflow.where}: {swallowed}"))
             return self._verdict
         if self._cancelled is not None:
             return self._cancelled
@@ -271,7 +279,7 @@ class Replay(Asides):
 
     def _left_before_undo(self) -> Record | None:
         left = self._cursor.left_over()
-        return None if left is not None and left.path and not left.path[-1] else left
+        return None if left is not None and is_undo(left.path) else left
 
     def _cancel(self, record: Record) -> None:
         super()._cancel(record)
@@ -289,7 +297,7 @@ class Replay(Asides):
         if undoing is None:
             return self._all_undone(decision)
         paths = undoing.unsettled()
-        if paths:
+        if paths and not self._cursor.has_begun_undo():  # else they were settled before the first undo
             self._settling = Settle(paths, self.fresh)
             self._away(main)
         self._cursor.peek()  # passes over what is recorded of calls that nobody waited for
@@ -373,4 +381,4 @@ class Replay(Asides):
 def _drift_of(asked: DoStep) -> Drift:
     others = [each.fingerprint for each in asked.earlier if each.fingerprint not in (None, asked.fingerprint)]
     assert others[0] is not None
-    return Drift(asked.path, asked.step.name, others[0], asked.fingerprint)
+    return Drift(asked.path, asked.step.name, others[0], asked.fingerprint, asked.arguments)

@@ -6,6 +6,7 @@ import inspect
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -17,10 +18,14 @@ _LIBRARIES = tuple(
 )
 
 
-def calling_line(trace: TracebackType | None = None) -> str:
-    """Return `file:line` of the user's code that runs now, or that `trace` went through."""
+def calling_line(trace: TracebackType | None = None, beyond: Iterable[FrameType] = ()) -> str:
+    """Return `file:line` of the user's code that runs now, or that `trace` went through.
+
+    Where that is none of the user's, it is that of what stands suspended in one of the frames `beyond`.
+    """
     if trace is None:
-        return _line_of((frame, frame.f_lineno) for frame in _outward(inspect.currentframe()))
+        outward = chain(_outward(inspect.currentframe()), *map(_outward, beyond))
+        return _line_of((frame, frame.f_lineno) for frame in outward)
     return _line_of(reversed([(each.tb_frame, each.tb_lineno) for each in _inward(trace)]))
 
 
@@ -29,10 +34,13 @@ def suspended_line(frame: FrameType | None) -> str:
     return _line_of((each, each.f_lineno) for each in _outward(frame))
 
 
-def awaiting_line(awaitable: Any) -> str:
-    """Return `file:line` of the await at which a suspended coroutine stands."""
+def awaiting_line(awaitable: Any, beyond: Iterable[FrameType] = ()) -> str:
+    """Return `file:line` of the await at which a suspended coroutine stands; `beyond` is as for `calling_line`."""
     frames = list(_awaited(awaitable))
-    return _line_of((frame, frame.f_lineno) for frame in reversed(frames)) if frames else calling_line()
+    if not frames:
+        return calling_line(beyond=beyond)
+    outward = chain(reversed(frames), *map(_outward, beyond))
+    return _line_of((frame, frame.f_lineno) for frame in outward)
 
 
 def library_call(package: str) -> str | None:

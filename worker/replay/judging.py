@@ -7,6 +7,8 @@ unwind is abandoned after a bound.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from greenlet import getcurrent  # type: ignore[import-untyped]  # ships no types
@@ -56,6 +58,19 @@ class Judged:
         if not self._main_strand.ended and not self._forgotten:
             self._forgotten = f"{calling_line()}: {what} was never awaited, so it did not happen; await it, in a def body wait(…)"
 
+    def line(self) -> str:
+        """Return the line of the user's code that runs now; of a branch that is none of theirs, where it is joined."""
+        return calling_line(beyond=self._joining())
+
+    def _joining(self) -> Iterator[FrameType]:
+        """Yield where the strands stand that wait for the one that runs, from the inside out."""
+        join = self._strand.join
+        while join is not None:
+            body = join.waiter.body
+            if body is not None and body.gr_frame is not None:
+                yield body.gr_frame
+            join = join.waiter.join
+
     def discarding(self) -> bool:
         """Tell whether the body is past its verdict, or it or a branch of it is being discarded."""
         return self._stop is not None or self._closing
@@ -90,7 +105,7 @@ class Judged:
     def _foreign(self, awaitable: Any, yielded: Any) -> NotDeterministic:
         """Unwind a coroutine that awaits what Stepwell does not know, and return what to raise."""
         violation = NotDeterministic(
-            f"{awaiting_line(awaitable)}: the body of workflow {self._workflow.name!r} awaits {named(yielded)}. "
+            f"{awaiting_line(awaitable, self._joining())}: the body of workflow {self._workflow.name!r} awaits {named(yielded)}. "
             "A body is replayed, so it may await only steps and Stepwell's own sleep; move I/O into a @step"
         )
         self.report(violation)

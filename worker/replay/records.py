@@ -90,9 +90,9 @@ def _by_seq(record: Record) -> int:
 def _void(standing: list[Record], opening: Record) -> list[Record]:
     match opening.outcome:
         case "retry":
-            if any(_is_undo(record) for record in standing):
-                return _void_undo_failures(standing)
-            return _void_failures(_without_cancellation(standing))
+            return _retried(standing)
+        case "resolve":
+            return _retried(_without_what_was_said(standing, _step_in(opening)))
         case "rewind":
             return _before(standing, _place_in(opening))
         case "fork":
@@ -103,9 +103,28 @@ def _void(standing: list[Record], opening: Record) -> list[Record]:
             raise HistoryMismatch(
                 f"epoch {opening.epoch} was opened by {unknown!r}, which this release of Stepwell does not know; "
                 "let a worker of the newer release take the run",
-                expected="retry, rewind, fork or continue",
+                expected="retry, resolve, rewind, fork or continue",
                 got=unknown,
             )
+
+
+def _retried(standing: list[Record]) -> list[Record]:
+    if any(is_undo(record.path) for record in standing):
+        return _void_undo_failures(standing)
+    return _void_failures(_without_cancellation(standing))
+
+
+def _without_what_was_said(standing: list[Record], path: Path) -> list[Record]:
+    """Void the result of a step that a person gave: it was no execution, and its successor is recorded next."""
+    return [r for r in standing if r.path != path or r.n or r.kind != "step" or r.outcome != "completed"]
+
+
+def _step_in(opening: Record) -> Path:
+    return msgspec.json.decode(opening.value or '{"at":[]}', type=_Step).at
+
+
+class _Step(msgspec.Struct):
+    at: Path
 
 
 def _without_cancellation(standing: list[Record]) -> list[Record]:
@@ -129,7 +148,7 @@ def _before(standing: list[Record], path: Path) -> list[Record]:
 
 def _void_undo_failures(standing: list[Record]) -> list[Record]:
     """Void what failed of an undo. Once it has begun there is no way but back, after a cancellation as well."""
-    return [_voided(r) if _is_undo(r) and (r.outcome == "failed" or r.n) else r for r in standing]
+    return [_voided(r) if is_undo(r.path) and (r.outcome == "failed" or r.n) else r for r in standing]
 
 
 def _void_failures(standing: list[Record]) -> list[Record]:
@@ -153,8 +172,9 @@ def _void_failures(standing: list[Record]) -> list[Record]:
     return [_voided(record) if record.path in voided else record for record in standing]
 
 
-def _is_undo(record: Record) -> bool:
-    return record.kind == "step" and record.path[-1] == 0
+def is_undo(path: Path) -> bool:
+    """Tell whether a path is that of the undo of a call: the call's own, with a 0 behind it."""
+    return bool(path) and path[-1] == 0
 
 
 def _comes_after(other: Path, path: Path) -> bool:
