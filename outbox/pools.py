@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import select
 import time
-from typing import Any
+from typing import Any, LiteralString
 from weakref import WeakKeyDictionary
 
 import psycopg
@@ -31,17 +31,24 @@ def pool(
     prepare_threshold: int | None = PREPARE_AFTER,
     json_as_text: bool = True,
     wait_seconds: float = 30.0,
+    for_user_code: bool = False,
 ) -> ConnectionPool[psycopg.Connection[TupleRow]]:
     """Return a pool, not yet open, of at most `max_size` connections like those of `connect`.
 
     A connection is tested as it is handed out: after a restart of the database a caller waits for about a second
-    instead of failing. `wait_seconds` bounds the wait for one (PoolTimeout).
+    instead of failing. `wait_seconds` bounds the wait for one (PoolTimeout). `for_user_code`: what was set in a
+    session is undone when it comes back.
     """
     tests = _Tests()
 
     def configure(connection: psycopg.Connection[TupleRow]) -> None:
         connection.execute(load("session_settings"))
         adapt(connection, json_as_text)
+        connection.autocommit = autocommit
+
+    def reset(connection: psycopg.Connection[TupleRow]) -> None:
+        connection.autocommit = True
+        connection.execute(session_reset())
         connection.autocommit = autocommit
 
     def check(connection: psycopg.Connection[TupleRow]) -> None:
@@ -58,6 +65,7 @@ def pool(
         kwargs={"autocommit": True, "prepare_threshold": prepare_threshold},
         configure=configure,
         check=check,
+        reset=reset if for_user_code else None,
         min_size=0,
         max_size=max_size,
         timeout=wait_seconds,
@@ -76,6 +84,7 @@ def async_pool(
     prepare_threshold: int | None = PREPARE_AFTER,
     json_as_text: bool = True,
     wait_seconds: float = 30.0,
+    for_user_code: bool = False,
 ) -> AsyncConnectionPool[psycopg.AsyncConnection[TupleRow]]:
     """Return an asynchronous pool, not yet open; see `pool`."""
     tests = _Tests()
@@ -83,6 +92,11 @@ def async_pool(
     async def configure(connection: psycopg.AsyncConnection[TupleRow]) -> None:
         await connection.execute(load("session_settings"))
         adapt(connection, json_as_text)
+        await connection.set_autocommit(autocommit)
+
+    async def reset(connection: psycopg.AsyncConnection[TupleRow]) -> None:
+        await connection.set_autocommit(True)
+        await connection.execute(session_reset())
         await connection.set_autocommit(autocommit)
 
     async def check(connection: psycopg.AsyncConnection[TupleRow]) -> None:
@@ -99,6 +113,7 @@ def async_pool(
         kwargs={"autocommit": True, "prepare_threshold": prepare_threshold},
         configure=configure,
         check=check,
+        reset=reset if for_user_code else None,
         min_size=0,
         max_size=max_size,
         timeout=wait_seconds,
@@ -106,6 +121,11 @@ def async_pool(
         open=False,
     )
     return created  # pyright: ignore[reportReturnType]  # the class is the default one
+
+
+def session_reset() -> LiteralString:
+    """Return the statements, outside of a transaction, that make a session as `connect` has opened it."""
+    return f"{load('reset_session')};\n{load('session_settings')}"
 
 
 class _Tests:

@@ -46,7 +46,7 @@ class Settings:
     data_dir: Path = field(default_factory=_default_data_dir)
     """Where the embedded Postgres lives."""
     max_payload_bytes: int = 1_048_576
-    """The largest input, argument list, result or error data, as JSON text."""
+    """The largest input, signal or result, as JSON text. A worker does not read larger ones, which SQL takes."""
     concurrency: int = 200
     """Runs in flight per worker process."""
     threads: int = 32
@@ -66,7 +66,7 @@ class Settings:
     stopped_after_seconds: float = 5.0
     """A child in state T (stopped) for so long is killed."""
     hang_after_seconds: float = 120.0
-    """A child that shows no progress for so long is killed."""
+    """A child that shows no progress for so long is killed. One that is still loading has five minutes at least."""
     grace_seconds: float = 30.0
     """How long a draining worker lets executions end."""
     poison_after: int = 3

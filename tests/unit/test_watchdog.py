@@ -121,6 +121,7 @@ class Watched:
     def __init__(self) -> None:
         self.dog = Watchdog(Settings(stopped_after_seconds=5, hang_after_seconds=120))
         self.now = 0.0
+        self.beats = 1
 
     def look(
         self, seconds: float, *, beating: bool = True, stopped: bool = False, vitals: Vitals | None = None
@@ -128,7 +129,7 @@ class Watched:
         said = None
         for _ in range(int(seconds * 4)):
             self.now += 0.25
-            beats = int(self.now * 2) if beating else -1
+            beats = int(self.now * 2) if beating else self.beats
             said = said or self.dog.look(stopped=stopped, beats=beats, vitals=vitals, now=self.now)
         return said
 
@@ -154,10 +155,24 @@ def test_a_child_that_is_continued_in_time_is_left_alone() -> None:
         assert watched.look(1) is None
 
 
-def test_a_child_that_never_beats_is_killed() -> None:
+def test_a_child_that_beats_no_more_is_killed() -> None:
     watched = Watched()
     assert watched.look(119, beating=False) is None
     assert "event loop" in (watched.look(2, beating=False) or "")
+
+
+def test_a_child_that_is_loading_has_more_time() -> None:
+    """On a machine that is too busy, killing those that come up would only keep it so."""
+    watched = Watched()
+    watched.beats = 0
+    assert watched.look(299, beating=False) is None
+    assert "loading" in (watched.look(2, beating=False) or "")
+
+
+def test_a_child_that_is_stopped_while_it_loads_is_killed_as_any_other() -> None:
+    watched = Watched()
+    watched.beats = 0
+    assert "stopped" in (watched.look(6, beating=False, stopped=True) or "")
 
 
 def test_a_committer_with_work_and_a_connection_must_make_progress() -> None:

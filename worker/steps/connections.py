@@ -1,7 +1,8 @@
 """Where transactional steps get their connections and sessions from: one source for each library.
 
 A source opens a transaction by a statement of the caller's and yields the driver's connection with what the step
-is given. Each is made at the first step that wants it, and SQLAlchemy is imported only then: it takes longer to
+is given. Steps share sessions, one after the other: whatever one has set in a session (settings, a role, locks,
+temporary tables) is undone when it comes back to its pool. Each is made at the first step that wants it, and SQLAlchemy is imported only then: it takes longer to
 import than everything else that a worker needs.
 """
 
@@ -116,8 +117,9 @@ class _Place(NamedTuple):
 class _Psycopg:
     def __init__(self, place: _Place) -> None:
         self._pool: ConnectionPool[Any] = pools.pool(
-            place.url, application_name=place.name, max_size=place.limit, autocommit=False, json_as_text=False
-        )
+            place.url, application_name=place.name, max_size=place.limit, autocommit=False, json_as_text=False,
+            for_user_code=True,
+        )  # fmt: skip
         self._pool.open()
 
     @contextmanager
@@ -136,8 +138,9 @@ class _Psycopg:
 class _AsyncPsycopg:
     def __init__(self, place: _Place) -> None:
         self._pool: AsyncConnectionPool[Any] = pools.async_pool(
-            place.url, application_name=place.name, max_size=place.limit, autocommit=False, json_as_text=False
-        )
+            place.url, application_name=place.name, max_size=place.limit, autocommit=False, json_as_text=False,
+            for_user_code=True,
+        )  # fmt: skip
         self._opening = asyncio.Lock()
 
     @asynccontextmanager
@@ -162,6 +165,7 @@ class _SQLAlchemy:
         self._engine: Engine = create_engine(
             _DIALECT, creator=place.connect, pool_size=place.limit, max_overflow=0, pool_pre_ping=True
         )
+        _reset_on_return(self._engine)
         self._closed = False
 
     @contextmanager
@@ -186,6 +190,23 @@ class _SQLAlchemy:
         await asyncio.to_thread(self._engine.dispose)
 
 
+def _reset_on_return(engine: Engine) -> None:
+    """Undo what a step has set in a session before another step gets it, as the pools of psycopg do."""
+    from sqlalchemy import event
+
+    def reset(connection: Any, _record: Any, state: Any) -> None:
+        if state.terminate_only or not state.asyncio_safe:
+            return  # it is being closed, not returned
+        connection.rollback()
+        connection.autocommit = True
+        cursor = connection.cursor()
+        cursor.execute(pools.session_reset())
+        cursor.close()
+        connection.autocommit = False
+
+    event.listen(engine, "reset", reset)
+
+
 class _AsyncSQLAlchemy:
     def __init__(self, place: _Place) -> None:
         from sqlalchemy.ext.asyncio import create_async_engine
@@ -197,6 +218,7 @@ class _AsyncSQLAlchemy:
             max_overflow=0,
             pool_pre_ping=True,
         )
+        _reset_on_return(self._engine.sync_engine)
 
     @asynccontextmanager
     async def opened(self, statement: str, parameters: tuple[Any, ...]) -> AsyncIterator[Opened]:

@@ -43,7 +43,14 @@ from worker.steps.execution import (
     uninterrupted,
 )
 
-_OPENING = "select set_config('stepwell.canary', %s, true), pg_current_xact_id()::text"
+_OPENING = (
+    "select set_config('stepwell.canary', %s, true), pg_current_xact_id()::text,"
+    " pg_try_advisory_xact_lock_shared(-%s::bigint)"
+)
+"""The lock marks the backend as this worker's for those who have to end it (backends.sql), whatever the step makes of
+its session's name. Nobody is kept out by it; that it may be refused is of no account."""
+_OURSELVES = "reset role"
+"""A step may act as another role, which may not record its completion."""
 _FATE = "select pg_xact_status(%s::xid8)"
 
 
@@ -126,7 +133,7 @@ class Transactions:
 
         def work() -> Committed:
             with (
-                source.opened(_OPENING, (attempt.canary,)) as (connection, driver, row),
+                source.opened(_OPENING, (attempt.canary, self._worker_id)) as (connection, driver, row),
                 _rolled_back(driver, attempt, row[1]),
                 source.given(kind, connection) as given,
             ):
@@ -138,6 +145,7 @@ class Transactions:
                         given.commit()
                 documents = concluded(value)
                 with driver.pipeline():
+                    driver.execute(_OURSELVES)
                     cursor = driver.execute(load("commit_step"), attempt.parameters(documents))
                     driver.execute("commit")
                 return Committed(cursor.fetchone()[0])
@@ -153,7 +161,7 @@ class Transactions:
         source = self._sources.of_async(kind)
         try:
             async with (
-                source.opened(_OPENING, (attempt.canary,)) as (connection, driver, row),
+                source.opened(_OPENING, (attempt.canary, self._worker_id)) as (connection, driver, row),
                 _rolled_back_async(driver, attempt, row[1]),
                 source.given(kind, connection) as given,
             ):
@@ -247,6 +255,7 @@ async def _called(
 
 async def _commit_async(driver: Any, attempt: _Attempt, documents: Documents) -> Committed:
     async with driver.pipeline():
+        await driver.execute(_OURSELVES)
         cursor = await driver.execute(load("commit_step"), attempt.parameters(documents))
         await driver.execute("commit")
     return Committed((await cursor.fetchone())[0])

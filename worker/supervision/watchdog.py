@@ -14,6 +14,9 @@ from worker.engine.vitals import Vitals
 
 LOOK_SECONDS = 0.25
 """How often a supervisor looks at each of its children."""
+LOADING_SECONDS = 300.0
+"""How long a child may take until its first beat. It holds nothing yet; and where the machine is so busy that loading
+takes long, killing what loads only adds to that."""
 LONGEST_GAP_SECONDS = 1.0
 """What a gap between two such looks counts at most."""
 
@@ -66,6 +69,9 @@ class Watchdog:
         stuck_seconds = self._flushes.see((stuck, vitals.flushes if vitals else 0), now)
         if stopped and stopped_seconds >= self._stopped_after_seconds:
             return f"it has been stopped for {stopped_seconds:.1f} s"
+        if not beats:
+            slow = silent_seconds >= max(LOADING_SECONDS, self._hang_after_seconds)
+            return f"it is still loading after {silent_seconds:.0f} s" if slow else None
         if silent_seconds >= self._hang_after_seconds:
             return f"its event loop has not answered for {silent_seconds:.1f} s"
         if stuck and stuck_seconds >= self._hang_after_seconds:
