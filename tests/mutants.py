@@ -6,7 +6,7 @@ the script says so: then the code has moved on, and this list has to follow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SCHEMA = "schema.sql"
 LIVENESS = "worker/supervision/liveness.py"
@@ -472,4 +472,135 @@ STEPS = [
     ),
 ]  # fmt: skip
 
-MUTANTS = [*FENCE, *LOCKS, *DEATH, *OBSERVER, *RESENDS, *BISECTION, *QUEUE, *STEPS]
+
+def before_a_model(file: str, *mutants: tuple[str, str]) -> list[Mutant]:
+    """Have a model of the protocol alone notice what other tests are written for."""
+    named = {(each.guard, each.off): each for each in (*FENCE, *DEATH, *RESENDS, *QUEUE)}
+    tests = (f"tests/integration/test_{file}.py",)
+    return [replace(named[each], off=f"{each[1]}, before {file}", tests=tests) for each in mutants]
+
+
+MODELS = [
+    *before_a_model(
+        "protocol_model",
+        ("fence (I8)", "without the position"),
+        ("fence (I8)", "without the attempt"),
+        ("fence (I8)", "without the worker"),
+        ("key share on the worker's row (I3)", "looked at, not locked"),
+        ("key share on the worker's row (I3)", "locked, not looked at"),
+        ("a resend is answered from the history (I10)", "it is not"),
+        ("compare-and-park (I5)", "it parks whatever came meanwhile"),
+        ("doorbell: rung for the idle only (I1)", "always"),
+        ("what a producer runs only inserts (I15)", "a wake locks its run"),
+        ("one final outcome (I9)", "as many as come"),
+    ),
+    *before_a_model(
+        "protocol_calls_model",
+        ("fence (I8)", "without the position"),
+        ("fence (I8)", "without the attempt"),
+        ("a resend is answered from the history (I10)", "it is not"),
+        ("compare-and-park (I5)", "it parks whatever came meanwhile"),
+    ),
+]
+
+FEW_PAGES = integration(
+    "protocol_reading",
+    "under_an_old_open_transaction_a_claim_reads_as_little_behind_2000_done_tasks_as_behind_few",
+)
+STRANGERS = integration(
+    "protocol_reading",
+    "a_worker_sets_aside_what_nobody_knows_and_the_registration_of_one_who_does_brings_it_back",
+)
+CLAIM_GUARDS = (
+    "    set enable_sort = off set enable_seqscan = off set enable_bitmapscan = off\n"
+    "    set enable_nestloop = off set enable_mergejoin = off set jit = off\n"
+)
+CLAIM_BODY = "as $$\n#variable_conflict use_column\ndeclare\n    ids     bigint[];"
+
+READING = [
+    mutant(
+        "a lower bound on turns", "the claim does not look at it", SCHEMA,
+        " and t.turn >= floors[g + 1] and", " and", *FEW_PAGES,
+    ),
+    mutant(
+        "what nobody knows is set aside", "it stands in the way", "worker/engine/caretaker.py",
+        "while await self._claimant.shelve(queue, SET_ASIDE_AT_MOST) >= SET_ASIDE_AT_MOST:", "while False:",
+        *STRANGERS,
+    ),
+    mutant(
+        "what nobody knows is set aside", "a newcomer does not bring it back", SCHEMA,
+        "    perform unshelve_v1(my_queues, my_names, 10000);\n", "", *STRANGERS,
+    ),
+    mutant(
+        "statistics of a busy system", "the installation leaves none", "outbox/schema.py",
+        '                connection.execute(load("prime_statistics"))\n', "                pass\n",
+        *integration(
+            "plans", "on_tables_that_were_never_analysed_a_list_reads_a_page_thanks_to_what_the_installation_left"
+        ),
+    ),
+    mutant(
+        "the planner settings of a claim", "left to the planner", SCHEMA, CLAIM_GUARDS + CLAIM_BODY, CLAIM_BODY,
+        *integration("plans", "without_its_guards_a_claim_reads_the_whole_backlog"),
+    ),
+    mutant(
+        "values are json", "signals are jsonb", SCHEMA, "    payload json,", "    payload jsonb,",
+        *integration("protocol_json", "a_signal_is_kept_as_it_was_sent"),
+    ),
+    mutant(
+        "values are json", "outputs are jsonb", SCHEMA, "    output      json,\n    error", "    output      jsonb,\n    error",
+        *integration("protocol_json", "a_value_is_recorded_and_put_out_as_it_was_sent"),
+    ),
+]  # fmt: skip
+
+SESSIONS = [
+    mutant(
+        "a step's commit is durable", "it says itself whether", SCHEMA,
+        "    if current_setting('synchronous_commit') in ('off', 'local') then\n        perform set_config('synchronous_commit', 'on', true);\n    end if;\n",
+        "",
+        *integration(
+            "engine_transaction_sessions", "a_step_cannot_have_its_completion_lost_by_a_commit_that_is_not_durable"
+        ),
+    ),
+    mutant(
+        "what a step sets is undone", "the next one finds it", "outbox/pools.py",
+        "    return f\"{load('reset_session')};\\n{load('session_settings')}\"", '    return "select 1"',
+        *integration(
+            "engine_transaction_sessions", "whatever_a_step_does_to_its_session_the_next_one_finds_it_as_it_was"
+        ),
+    ),
+    mutant(
+        "a backend is found by its lock", "by its name alone", "worker/queries/backends.sql",
+        " or a.pid in (select m.pid from marked m)", "",
+        *integration(
+            "engine_transaction_sessions",
+            "a_step_that_renames_its_session_is_still_found_by_those_who_have_to_end_it",
+        ),
+    ),
+    mutant(
+        "the fence of a step beside another", "one of a task lets both through", SCHEMA,
+        "    where t.id = any (own) and t.id = x.task and verdicts[x.i] % 4 = 1\n      and (x.then",
+        "    where t.id = any (own) and t.id = x.task\n      and (x.then",
+        *integration(
+            "protocol_calls", "a_stale_transition_does_nothing_beside_the_current_one_of_the_same_step"
+        ),
+    ),
+    mutant(
+        "calls in flight are settled once", "whenever an undo is resumed", "worker/replay/driver.py",
+        "if paths and not self._cursor.has_begun_undo():", "if paths:",
+        *unit("replay_undo", "an_undo_that_has_begun_is_resumed_wherever_it_was_interrupted"),
+    ),
+]  # fmt: skip
+
+MUTANTS = [
+    *FENCE,
+    *LOCKS,
+    *DEATH,
+    *OBSERVER,
+    *RESENDS,
+    *BISECTION,
+    *QUEUE,
+    *STEPS,
+    *MODELS,
+    *READING,
+    *SESSIONS,
+]

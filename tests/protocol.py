@@ -173,8 +173,9 @@ class Worker:
         queue: str = "default",
         floors: Sequence[int] = NO_FLOORS,
         alone: bool = False,
+        limits: tuple[int | None, int | None] = (1_048_576, 1_048_576),
     ) -> list[Held]:
-        parameters = (self.id, queue, self.names, at_most, list(floors), alone)
+        parameters = (self.id, queue, self.names, at_most, list(floors), alone, *limits)
         return [Held(Claim(*row)) for row in self.db.execute(load("claim"), parameters)]
 
     def take(self, **more: Any) -> Held:

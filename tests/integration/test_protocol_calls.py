@@ -102,6 +102,29 @@ def test_every_transition_of_a_step_is_fenced(lab: Lab, worker: Worker) -> None:
     worker.apply(current, completed(current))
 
 
+@pytest.mark.parametrize("stale_first", [True, False])
+def test_a_stale_transition_does_nothing_beside_the_current_one_of_the_same_step(
+    lab: Lab, worker: Worker, stale_first: bool
+) -> None:
+    """A worker may have both in one flush: it was given back a step that it still executes."""
+    run = joined(lab, worker, *branches(1))
+    stale = worker.take()
+    worker.apply(stale, stale.release())
+    for says in ("done", "hold", "park", "release"):
+        current = worker.take()
+        late = {
+            "done": completed(stale), "hold": stale.hold(), "park": stale.park(delay=9.0), "release": stale.release(),
+        }[says]  # fmt: skip
+        both = [late, current.release()] if stale_first else [current.release(), late]
+        codes = [FENCED, APPLIED] if stale_first else [APPLIED, FENCED]
+        assert worker.flush(*both) == codes
+        assert len(lab.calls(run.run)) == 1, "the step is still there"
+        assert pending(lab, run) == 1
+        assert lab.history(run.run) == []
+    current = worker.take()
+    worker.apply(current, completed(current))
+
+
 def test_a_step_that_is_resent_was_applied_before(lab: Lab, worker: Worker) -> None:
     run = joined(lab, worker, *branches(3))
     one, two, three = worker.claim(3)

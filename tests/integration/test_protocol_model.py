@@ -1,483 +1,404 @@
 """The protocol against a model of itself: any interleaving of workers that claim, flush, resend, die and are reclaimed.
 
-After every step the tables must be what the model says; at the end everything is worked off, and then each run must
-have ended once in each of its epochs, with a history without gaps, and the totals must be those of the history.
+After every step the tables, the history, the counters and what was rung must be what the model says
+(`protocol_world`, and `protocol_machine` for how they are compared); at the end everything is worked off. Runs have no
+calls that are tasks of their own here: `test_protocol_calls_model` has these. Of the invariants of the design, this
+model checks
+
+    I1   no notification while nobody holds a lease, but to the worker whose run is cancelled
+    I2   a claim takes no more tasks than it was asked for, in order, and none twice
+    I3   a dead worker claims nothing, also if its claim waited for its burial
+    I5   a park that a wake has overtaken waits for nothing; nobody waits for a signal that is there
+    I8   what has not the whole fence writes nothing
+    I9   one final outcome for each path and epoch, and one end for each epoch
+    I10  what was applied and is sent again is answered `already`, whatever has happened to its task meanwhile
+    I11  who was buried claims nothing, and records nothing where its task was readied
+    I15  open transactions of producers hold nobody up, and take place when they commit
+    I16  a flush with a value that the database refuses does nothing, and without it everything
+
+The others are not to be seen in the database, or not here: I4 in test_protocol_calls.py and test_protocol_calls_model.py,
+I6 and I7 in test_engine_commits.py, which has the halving of I16 as well, I2 of a whole worker in test_engine_claims.py,
+I12 in test_holes.py, I14 in tests/security/test_dependencies.py; I13 waits for messages.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
-from uuid import UUID
-
 import psycopg
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import initialize, precondition, rule
 
-from tests.protocol import ALREADY, APPLIED, CANCELLING, FENCED, Db, Held, Lab, Worker
+from tests.integration.protocol_machine import (
+    POISON_AFTER,
+    PRODUCERS,
+    WORKERS,
+    Batch,
+    Machine,
+)
+from tests.integration.protocol_writings import BAD_VALUES, THENS, spoiled
+from tests.integration.stateful import pick, run_machine
+from tests.protocol import ALREADY, APPLIED, BEHIND, FENCED, Held, Lab, Worker
 from worker.engine.transitions import Writing
 
-POISON_AFTER = 2
-WORKERS = 3
-PRODUCERS = 2
+EXAMPLES = 60
+STEPS = 25
 
-Doing = tuple[int, ...] | None
+INDEX = st.integers(0, 11)
+THEN = st.sampled_from([*THENS, "behind"])
+PARK = st.sampled_from(["await", "await for", "sleep"])
+PRIORITY = st.sampled_from([5, 5, 3])
 
-
-@dataclass
-class Task:
-    """A run's own task as the model has it. `turn` is the one thing that it takes from the database."""
-
-    id: int = 0
-    state: str = "ready"
-    owner: int | None = None
-    attempt: int = 0
-    position: int = 0
-    seq: int = 0
-    doing: Doing = None
-    fresh: bool = True
-    interrupted: bool = False
-    interruptions: int = 0
-    solo_deaths: int = 0
-    solo: bool = False
-    cancelling: bool = False
-    wakeups: int = 0
-    turn: int = 0
-
-    def facts(self) -> tuple[Any, ...]:
-        """Return what must agree with the table, in the order of FACTS."""
-        return (
-            self.state, self.owner, self.attempt, self.position, self.seq, self.doing, self.fresh, self.interrupted,
-            self.interruptions, self.solo_deaths, self.cancelling, self.wakeups,
-        )  # fmt: skip
-
-    def readied(self, state: str = "ready") -> None:
-        self.state, self.owner, self.fresh = state, None, False
+FLOOR = {
+    **dict.fromkeys(("fenced", "applied", "already", "behind", "cancelling"), 10),
+    **{f"then {then}": 3 for then in ("move", "park", "release", "finish", "continue", "wake")},
+    **{f"resent {then}": 3 for then in ("move", "sleep", "release", "finish")},
+    **dict.fromkeys(("open enqueue", "open cancel", "open signal"), 2),
+    **dict.fromkeys(("late commit", "park overtaken"), 2),
+    **dict.fromkeys(("park overtaken by a flush", "signal taken"), 1),
+    **dict.fromkeys(("second outcome", "claimed alone", "promoted", "reclaimed", "rung", "worked off"), 3),
+    "overtaken": 20,
+}
 
 
-FACTS = """
-select run_id, id, turn, state, claimed_by, attempt, position, seq, doing, fresh, interrupted, interruptions, solo_deaths,
-       cancelling, wakeups
-from stepwell.tasks where kind = 'run'
-"""
+class Protocol(Machine):
+    """The rules. Those that need a claim to attack make one if nobody has any."""
 
-
-@dataclass
-class Run:
-    epoch: int = 0
-    state: str = "open"
-    task: Task | None = field(default_factory=Task)
-    seq: int = 0
-
-    def end(self, state: str) -> None:
-        assert self.task is not None
-        self.state, self.seq, self.task = state, self.task.seq, None
-
-
-@dataclass
-class Wake:
-    run: UUID
-    epoch: int
-    owner: int | None = None
-
-
-@dataclass
-class Producer:
-    """A service's transaction that stays open: what it has inserted is nobody's yet (I15)."""
-
-    db: Db
-    enqueued: list[UUID] = field(default_factory=list)
-    wakes: dict[int, Wake] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Sent:
-    """A transition as it was sent, and what it would do."""
-
-    writing: Writing
-    applied: bool
-
-
-class Machine(RuleBasedStateMachine):
-    """Up to three workers over connections of their own, one statement at a time, and services whose transactions
-    stay open meanwhile: whoever waited for one of these would run into the time limit of its statement.
-    """
-
-    url: str
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lab = Lab(self.url)
-        self.runs: dict[UUID, Run] = {}
-        self.wakes: dict[int, Wake] = {}
-        self.workers: list[Worker] = []
-        self.dead: list[Worker] = []
-        self.hands: dict[int, list[Held]] = {}
-        self.sent: dict[int, list[Sent]] = {}
-        self.numbers = 0
-        self.connections = [self.lab.connection() for _ in range(WORKERS)]
-        self.producers = [Producer(self.lab.connection(autocommit=False)) for _ in range(PRODUCERS)]
-
-    def teardown(self) -> None:
-        try:
-            for producer in self.producers:
-                self._end(producer, commits=True)
-            self._work_off()
-            self._audit()
-        finally:
-            self.lab.__exit__()
+    @initialize(runs=st.integers(1, 4), workers=st.integers(1, WORKERS))
+    def begin(self, runs: int, workers: int) -> None:
+        self.enqueue(runs)
+        for _ in range(workers):
+            self.enlist()
 
     # -- producers
 
-    @rule(count=st.integers(1, 4))
-    def enqueue(self, count: int) -> None:
-        for run in self.lab.enqueue(count):
-            self.runs[run] = Run()
+    @rule(count=st.integers(1, 3), priority=PRIORITY)
+    def enqueue_some(self, count: int, priority: int) -> None:
+        self.enqueue(count, priority)
 
-    @precondition(lambda self: self.runs)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        run = data.draw(st.sampled_from(list(self.runs)))
-        open_ = self.runs[run].state == "open"
-        assert self.lab.cancel(run) == open_
-        if open_:
-            newest = self.lab.one("select max(id) from stepwell.tasks where kind = 'wake'")
-            self.wakes[newest] = Wake(run, self.runs[run].epoch)
+    @rule(index=INDEX, cancels=st.booleans())
+    def tell_a_run(self, index: int, cancels: bool) -> None:
+        self.tell(pick(list(self.world.runs), index), cancels=cancels)
 
-    @rule(data=st.data(), count=st.integers(1, 2))
-    def enqueue_and_stay_open(self, data: st.DataObject, count: int) -> None:
-        producer = data.draw(st.sampled_from(self.producers))
-        producer.enqueued += self.lab.enqueue(count, db=producer.db)
+    @rule(which=st.integers(0, PRODUCERS - 1), index=INDEX, cancels=st.sets(st.booleans(), min_size=1))
+    def stay_open(self, which: int, index: int, cancels: set[bool]) -> None:
+        """Leave a transaction open that has enqueued, and cancelled or signalled; the one before it commits."""
+        producer, runs = self.producers[which], list(self.world.runs)
+        self.end(producer, commits=True)
+        self.enqueue(1, producer=producer)
+        for k, each in enumerate(sorted(cancels)):
+            self.tell(pick(runs, index + k), cancels=each, producer=producer)
 
-    @precondition(lambda self: self.runs)
-    @rule(data=st.data())
-    def cancel_and_stay_open(self, data: st.DataObject) -> None:
-        producer = data.draw(st.sampled_from(self.producers))
-        run = data.draw(st.sampled_from(list(self.runs)))
-        open_ = self.runs[run].state == "open"
-        assert self.lab.cancel(run, db=producer.db) == open_
-        if open_:
-            newest = self.lab.one("select max(id) from stepwell.tasks where kind = 'wake'", db=producer.db)
-            producer.wakes[newest] = Wake(run, self.runs[run].epoch)
+    @precondition(lambda self: any(each.is_busy() for each in self.producers))
+    @rule(index=INDEX, commits=st.booleans())
+    def end_a_transaction(self, index: int, commits: bool) -> None:
+        self.end(pick([each for each in self.producers if each.is_busy()], index), commits=commits)
 
-    @precondition(lambda self: any(each.enqueued or each.wakes for each in self.producers))
-    @rule(data=st.data(), commits=st.booleans())
-    def end_a_transaction(self, data: st.DataObject, commits: bool) -> None:
-        busy = [each for each in self.producers if each.enqueued or each.wakes]
-        self._end(data.draw(st.sampled_from(busy)), commits=commits)
-
-    def _end(self, producer: Producer, *, commits: bool) -> None:
-        if commits:
-            producer.db.commit()
-            self.runs |= {run: Run() for run in producer.enqueued}
-            self.wakes |= producer.wakes
-        else:
-            producer.db.rollback()
-        producer.enqueued, producer.wakes = [], {}
-
-    @precondition(lambda self: any(run.state != "open" for run in self.runs.values()))
-    @rule(data=st.data())
-    def retry(self, data: st.DataObject) -> None:
-        ended = [run for run, model in self.runs.items() if model.state != "open"]
-        run = data.draw(st.sampled_from(ended))
-        model = self.runs[run]
-        if model.state == "succeeded":
-            assert self.lab.retry(run) is None
-            return
-        assert self.lab.retry(run) == model.epoch + 1
-        model.epoch, model.state = model.epoch + 1, "open"
-        model.task = Task(fresh=False, seq=model.seq + 1)
+    @rule(index=INDEX)
+    def retry(self, index: int) -> None:
+        if not self.in_state("failed", "cancelled", "blocked"):
+            self.flush_one(index, "end")
+        run = pick(self.in_state("failed", "cancelled", "blocked"), index)
+        epoch = self.world.retry(run)
+        assert epoch is not None
+        assert self.lab.retry(run) == epoch
+        for other in self.in_state("open", "succeeded"):
+            assert self.lab.retry(other) is None
+        if self.world.leases:
+            self.must_ring.add("default")
 
     # -- workers
 
     @precondition(lambda self: len(self.workers) < WORKERS)
     @rule()
     def register(self) -> None:
-        taken = {worker.db for worker in self.workers}
-        worker = self.lab.worker(db=next(db for db in self.connections if db not in taken))
-        self.workers.append(worker)
-        self.hands[worker.id], self.sent[worker.id] = [], []
+        self.enlist()
 
-    @precondition(lambda self: self.workers)
-    @rule(data=st.data(), at_most=st.integers(0, 4), alone=st.booleans())
-    def claim(self, data: st.DataObject, at_most: int, alone: bool) -> None:
-        self._claim(data.draw(st.sampled_from(self.workers)), at_most, alone)
+    @rule(index=INDEX, seconds=st.sampled_from([60.0, -1.0]))
+    def idle(self, index: int, seconds: float) -> None:
+        """Take a lease, or one that has run out already."""
+        worker = pick(self.workers, index)
+        self.lab.db.execute("select stepwell.idle_v1(%s, %s, %s)", [worker.id, ["default"], seconds])
+        (self.world.leases.add if seconds > 0 else self.world.leases.discard)(worker.id)
 
-    def _claim(self, worker: Worker, at_most: int, alone: bool) -> list[Held]:
-        wakes = [wake_id for wake_id, wake in self.wakes.items() if wake.owner is None]
-        claimed = worker.claim(at_most, alone=alone)
-        taken = {held.task: held for held in claimed}
-        assert len(taken) == len(claimed)
-        for wake_id in wakes:
-            held = taken.pop(wake_id)
-            assert held.claim.epoch == self.wakes[wake_id].epoch
-            self.wakes[wake_id].owner = worker.id
-        claimable = self._claimable(alone)
-        expected = claimable[: 1 if alone else at_most]
-        if alone:  # any of the suspects
-            assert len(taken) == len(expected)
-            assert set(taken) <= {task.id for task in claimable}
-        else:
-            assert list(taken) == [task.id for task in expected]
-        for held in taken.values():
-            task = self._task(held.run)
-            assert task is not None
-            task.state, task.owner, task.solo, task.attempt = "claimed", worker.id, alone, task.attempt + 1
-            assert held.claim.interrupted == task.interrupted
-            assert held.claim.cancelling == task.cancelling
-        self.hands[worker.id] += claimed
-        return claimed
+    @rule(index=INDEX, at_most=st.integers(0, 4), alone=st.booleans())
+    def claim(self, index: int, at_most: int, alone: bool) -> None:
+        self.claim_for(pick(self.workers, index), at_most, alone=alone)
 
-    def _claimable(self, alone: bool) -> list[Task]:
-        tasks = [run.task for run in self.runs.values() if run.task is not None]
-        wanted = "suspect" if alone else "ready"
-        return sorted(
-            (task for task in tasks if task.state == wanted), key=lambda task: (task.fresh, task.turn)
-        )
+    @rule(
+        index=INDEX,
+        at_most=st.integers(1, 4),
+        thens=st.lists(THEN, min_size=1, max_size=4),
+        alone=st.booleans(),
+    )
+    def work(self, index: int, at_most: int, thens: list[str], alone: bool) -> None:
+        """Claim, and flush what was claimed at once."""
+        worker = pick(self.workers, index)
+        held = self.claim_for(worker, at_most, alone=alone and any(self.world.tasks("suspect")))
+        if held:
+            writings = [self.writing(each, pick(thens, k)) for k, each in enumerate(held)]
+            self.flush_for(Batch(worker, held, writings))
 
     @precondition(lambda self: any(self.hands.values()))
-    @rule(data=st.data())
-    def flush(self, data: st.DataObject) -> None:
+    @rule(
+        index=INDEX,
+        which=st.sets(INDEX, min_size=1, max_size=4),
+        thens=st.lists(THEN, min_size=1, max_size=4),
+    )
+    def flush(self, index: int, which: set[int], thens: list[str]) -> None:
         """Flush for some of the claims that a worker ever had, lost ones and those of the dead among them."""
-        worker = data.draw(st.sampled_from([w for w in self.workers + self.dead if self.hands[w.id]]))
-        held = data.draw(
-            st.lists(st.sampled_from(self.hands[worker.id]), unique=True, min_size=1, max_size=4)
-        )
-        thens = [
-            "wake" if each.claim.kind == "wake" else data.draw(st.sampled_from(["move", "park", "release", "finish"]))
-            for each in held
-        ]  # fmt: skip
-        progress = data.draw(st.booleans())
-        self._flush(worker, held, thens, progress)
+        worker = pick([w for w in self.workers + self.dead if self.hands[w.id]], index)
+        hands = self.hands[worker.id]
+        held = list(dict.fromkeys(pick(hands, k) for k in sorted(which)))
+        writings = [self.writing(each, pick(thens, k)) for k, each in enumerate(held)]
+        self.flush_for(Batch(worker, held, writings))
 
-    def _flush(self, worker: Worker, held: list[Held], thens: list[str], progress: bool) -> None:
-        writings = [self._writing(each, then, progress) for each, then in zip(held, thens, strict=True)]
-        mine = [self._holds(worker, each) for each in held]
-        told = [
-            mine[i] and (task := self._task(each.run)) is not None and task.cancelling and thens[i] != "wake"
-            for i, each in enumerate(held)
-        ]
-        codes = worker.flush(*writings)
-        for code, applied, cancelling in zip(codes, mine, told, strict=True):
-            assert code == (APPLIED + CANCELLING * cancelling if applied else code // 4 * 4 + FENCED)
-        self.sent[worker.id] = [Sent(w, applied) for w, applied in zip(writings, mine, strict=True)]
-        for i in sorted(range(len(held)), key=lambda i: thens[i] == "wake"):  # wakes come last in a flush
-            if mine[i]:
-                self._apply(held[i], writings[i])
-        self._apply_wakes([each for i, each in enumerate(held) if mine[i] and thens[i] == "wake"])
+    @rule(index=INDEX)
+    def promote(self, index: int) -> None:
+        if not self.world.due():
+            self.flush_one(index, "sleep")
+        expected = self.world.promote()
+        assert self.lab.promote() == expected
+        self.seen["promoted"] += expected
 
-    def _holds(self, worker: Worker, held: Held) -> bool:
-        if held.claim.kind == "wake":
-            wake = self.wakes.get(held.task)
-            return wake is not None and wake.owner == worker.id
-        task = self._task(held.run)
-        return (
-            task is not None
-            and (task.id, task.owner, task.attempt) == (held.task, worker.id, held.attempt)
-            and task.position == held.position
-        )
+    # -- the fence (I8), resends (I10), parking and waking (I5)
 
-    def _writing(self, held: Held, then: str, progress: bool) -> Writing:
-        if then == "wake":
-            return held.wake()
-        self.numbers += 1
-        number, task = self.numbers, self._task(held.run)
-        record = held.record(number) if progress else held.record(0, n=number, outcome="failed", value=None)
-        doing = (number + 1,) if progress or task is None else task.doing
-        noted = True if number % 3 == 0 else None  # as whoever has handed the body its cancellation
-        match then:
-            case "move":
-                return held.move(record, doing=doing, cancelled=noted)
-            case "park":
-                return held.park(record, doing=doing, delay=0.0, cancelled=noted)
-            case "release":
-                return held.release(record, cancelled=noted)
-            case _:
-                return held.finish(record, state="failed" if number % 2 else "succeeded")
+    @rule(index=INDEX, then=st.sampled_from(THENS), moved=st.booleans())
+    def send_wrong_fences(self, index: int, then: str, moved: bool) -> None:
+        worker, (held,) = self.standing(index)
+        if moved:
+            self.flush_for(Batch(worker, [held], [self.writing(held, "move")]))
+        for part, by in (("position", 1), ("position", -1), ("attempt", 1), ("attempt", -1), ("task", 10**9)):
+            writing = self.writing(held, then)
+            setattr(writing.transition, part, getattr(writing.transition, part) + by)
+            self._send_in_vain(worker, writing, ALREADY if (part, by) == ("position", -1) else FENCED)
+        stranger = Worker(worker.db, worker.names, worker.queues, 1)
+        for other in [*self.workers, *self.dead, stranger]:
+            if other is not worker:
+                self._send_in_vain(other, self.writing(held, then), FENCED)
+        self._send_in_vain(worker, self.writing(held, "behind"), BEHIND)
+        codes = self.flush_for(Batch(worker, [held], [self.writing(held, then)]))
+        assert codes[0] % 4 == APPLIED
 
-    def _apply(self, held: Held, writing: Writing) -> None:
-        then = writing.transition.then
-        if then == "wake":
-            return
-        task = self._task(held.run)
-        assert task is not None
-        held.position += 1
-        task.position += 1
-        task.seq += len(writing.records)
-        if then == "finish":
-            assert writing.end is not None
-            self.runs[held.run].end(writing.end.state)
-            return
-        doing = None if writing.transition.doing is None else tuple(writing.transition.doing)
-        same = then == "release" or doing == task.doing or (task.doing is None and task.interrupted)
-        suspicious = same and task.interruptions >= 2
-        if not same:
-            task.interruptions = task.solo_deaths = 0
-        if then != "release":
-            task.doing, task.interrupted = doing, False
-        noted = writing.transition.cancelled is not None
-        if then == "park" and held.wakeups == task.wakeups and (noted or not task.cancelling):
-            task.readied("waiting")
-        elif then != "move":
-            task.readied("suspect" if suspicious else "ready")
-        task.cancelling = task.cancelling and not noted
-
-    def _apply_wakes(self, held: list[Held]) -> None:
-        meant = {w.run for each in held if (w := self.wakes.pop(each.task)).epoch == self.runs[w.run].epoch}
-        for run in meant:
-            task = self._task(run)
-            if task is None:
-                continue
-            if task.attempt == 0 and task.seq == 0:
-                task.seq = 1
-                self.runs[run].end("cancelled")
-                continue
-            task.cancelling, task.wakeups = True, task.wakeups + 1
-            if task.state != "claimed":
-                task.readied("suspect" if task.interruptions >= 2 else "ready")
+    def _send_in_vain(self, worker: Worker, writing: Writing, verdict: int) -> None:
+        expected = self.world.verdicts(worker.id, [writing])
+        assert expected[0] % 4 == verdict
+        assert worker.flush(writing) == expected
+        self.count(*expected)
 
     @precondition(lambda self: any(self.sent.values()))
-    @rule(data=st.data())
-    def resend(self, data: st.DataObject) -> None:
+    @rule(index=INDEX, which=INDEX, half=st.integers(0, 3))
+    def resend(self, index: int, which: int, half: int) -> None:
         """Resend a whole flush verbatim, or what is left of it after it was halved."""
-        worker = data.draw(st.sampled_from([w for w in self.workers + self.dead if self.sent[w.id]]))
-        sent = [each for each in self.sent[worker.id] if each.writing.transition.then != "wake"]
-        half = data.draw(st.integers(0, len(sent)))
-        for part in (sent[:half], sent[half:]):
+        worker = pick([w for w in self.workers + self.dead if self.sent[w.id]], index)
+        batch = pick(self.sent[worker.id], which)
+        for part in (batch[:half], batch[half:]):
             if part:
-                codes = worker.flush(*(each.writing for each in part))
-                assert [code % 4 for code in codes] == [ALREADY if each.applied else FENCED for each in part]
+                self._resend(worker, part)
 
-    @rule()
-    def promote(self) -> None:
-        waiting = [
-            run.task for run in self.runs.values() if run.task is not None and run.task.state == "waiting"
-        ]
-        assert self.lab.promote() == len(waiting)
-        for task in waiting:
-            task.state = "suspect" if task.interruptions >= 2 else "ready"
+    def _resend(self, worker: Worker, batch: list[tuple[Writing, int]]) -> None:
+        writings = [writing for writing, _ in batch]
+        expected = self.world.verdicts(worker.id, writings)
+        for (writing, code), now in zip(batch, expected, strict=True):
+            assert now % 4 != APPLIED
+            assert code % 4 != APPLIED or not writing.records or now % 4 == ALREADY
+        assert worker.flush(*writings) == expected
+        self.count(*expected)
 
-    # -- death
+    @rule(index=INDEX, dies=st.booleans(), at_most=st.integers(1, 4))
+    def resend_when_the_run_has_gone_on(self, index: int, dies: bool, at_most: int) -> None:
+        """The answer is lost; the run is claimed again, by whomever, and goes on."""
+        for then in ("move", "sleep", "release", "finish"):
+            worker = self.flush_one(index, then)
+            batch = self.sent[worker.id][-1]
+            if dies:
+                self.bury(worker)
+                self.reclaim_from(worker)
+            assert self.lab.promote() == self.world.promote()
+            other = pick(self.workers, index + 1)
+            again = self.claim_for(other, at_most)
+            if again:
+                self.flush_for(Batch(other, again, [self.writing(each, "move") for each in again]))
+            self._resend(worker, batch)
+            self.seen[f"resent {then}"] += 1
 
-    @precondition(lambda self: self.workers)
-    @rule(data=st.data())
-    def bury(self, data: st.DataObject) -> None:
-        worker = data.draw(st.sampled_from(self.workers))
-        assert self.lab.one("select stepwell.bury_v1(%s)", worker.id)
-        self.workers.remove(worker)
-        self.dead.append(worker)
+    @rule(index=INDEX, cancels=st.booleans(), then=PARK, same=st.booleans())
+    def park_after_a_wake(self, index: int, cancels: bool, then: str, same: bool) -> None:
+        worker, (held,) = self.standing(index)
+        self.tell(held.run, cancels=cancels)
+        waker = worker if same else pick(self.workers, index + 1)
+        wakes = self.claim_for(waker, 0)
+        self.flush_for(Batch(waker, wakes, [self.writing(each, "wake") for each in wakes]))
+        self._park(worker, held, then, overtaken=not cancels or self.world.task(held.run).cancelling)
+
+    def _park(self, worker: Worker, held: Held, then: str, *, overtaken: bool) -> None:
+        writing = self.writing(held, then)
+        self.flush_for(Batch(worker, [held], [writing]))
+        task = self.world.task(held.run)
+        if writing.transition.then == "park" and overtaken:
+            assert task.state in ("ready", "suspect")
+            assert self.lab.task(held.task) == task.state
+            self.seen["park overtaken"] += 1
+
+    # -- one final outcome (I9), one bad value (I16)
+
+    @rule(
+        index=INDEX, then=st.sampled_from(["move", "sleep", "release", "finish"]), company=st.integers(0, 2)
+    )
+    def record_a_final_outcome_twice(self, index: int, then: str, company: int) -> None:
+        worker, (held, *others) = self.standing(index, 1 + company)
+        first = self.writing(held, "move")
+        path = first.records[0].path
+        self.flush_for(Batch(worker, [held], [first]))
+        second = self.writing(held, then)
+        second.records[0].path, second.records[0].n = path, 0
+        second.records[0].outcome = "failed" if company else "completed"
+        good = [self.writing(each, "move") for each in others]
+        with pytest.raises(psycopg.errors.UniqueViolation):
+            worker.flush(*good, second)
+        self._flush_the_good(worker, others, good)
+        self.seen["second outcome"] += 1
+
+    @rule(index=INDEX, then=st.sampled_from(["move", "sleep", "finish"]), place=st.integers(0, 2))
+    def flush_bad_values(self, index: int, then: str, place: int) -> None:
+        worker, (held, *others) = self.standing(index, 3)
+        good = [self.writing(each, then) for each in others]
+        for how in BAD_VALUES:
+            with pytest.raises(psycopg.Error) as refused:
+                worker.flush(*good[:place], spoiled(self.writing(held, then), how), *good[place:])
+            assert (refused.value.sqlstate or "")[:2] in ("22", "23")
+        self.tables_agree_with_the_model()
+        self._flush_the_good(worker, others, good)
+
+    def _flush_the_good(self, worker: Worker, held: list[Held], writings: list[Writing]) -> None:
+        """What was refused on account of another is applied when it comes again without it."""
+        if held:
+            codes = self.flush_for(Batch(worker, held, writings))
+            assert {code % 4 for code in codes} == {APPLIED}
+
+    # -- death, and what the dead may still do
+
+    @rule(index=INDEX)
+    def bury_one(self, index: int) -> None:
+        worker = pick(self.workers, index)
+        self.bury(worker)
+        self._claims_nothing(worker)
+
+    @rule(index=INDEX, at_most=st.integers(1, 3))
+    def reclaim(self, index: int, at_most: int) -> None:
+        if not self.bereaved():
+            self.bury(self.standing(index)[0])
+        worker = pick(self.bereaved(), index)
+        self.reclaim_from(worker, at_most)
+        self._claims_nothing(worker)
+
+    def _claims_nothing(self, worker: Worker) -> None:
         with pytest.raises(psycopg.Error, match="declared dead"):
-            worker.claim()
+            worker.claim(4)
+        self.seen["dead claim refused"] += 1
 
-    @precondition(lambda self: self.dead)
-    @rule(data=st.data(), at_most=st.integers(1, 3))
-    def reclaim(self, data: st.DataObject, at_most: int) -> None:
-        self._reclaim(data.draw(st.sampled_from(self.dead)), at_most)
+    @rule(index=INDEX, times=st.integers(1, 4), company=st.booleans())
+    def die_again_and_again(self, index: int, times: int, company: bool) -> None:
+        """Whoever takes this run dies: it becomes a suspect, and is blocked if it dies alone."""
+        for _ in range(times):
+            worker = pick(self.workers, index)
+            alone = any(self.world.tasks("suspect"))
+            self.claim_for(worker, 2 if company else 1, alone=alone)
+            self.bury(worker)
+            self.reclaim_from(worker)
 
-    def _reclaim(self, worker: Worker, at_most: int) -> bool:
-        """Reclaim a chunk; which tasks it takes is not determined. Return whether some are left."""
-        before = {run: replace(model.task) for run, model in self.runs.items() if model.task is not None}
-        ((count, remaining),) = self.lab.rows(
-            "select reclaimed, remaining from stepwell.reclaim_v1(%s, %s, %s)",
-            worker.id,
-            POISON_AFTER,
-            at_most,
+    # -- two statements at a time
+
+    @rule(index=INDEX, then=st.sampled_from(THENS), commits=st.booleans())
+    def resend_while_the_first_is_under_way(self, index: int, then: str, commits: bool) -> None:
+        worker, (held,) = self.standing(index)
+        batch = Batch(worker, [held], [self.writing(held, then)])
+        _, code = self.flush_in_turn(batch, batch, commits=commits)
+        assert code[0] % 4 == (ALREADY if commits else APPLIED)
+
+    @rule(index=INDEX, cancels=st.booleans(), then=PARK, commits=st.booleans())
+    def park_while_a_wake_is_applied(self, index: int, cancels: bool, then: str, commits: bool) -> None:
+        worker, (held,) = self.standing(index)
+        self.tell(held.run, cancels=cancels)
+        waker = pick(self.workers, index + 1)
+        wakes = [each for each in self.claim_for(waker, 0) if each.run == held.run]
+        first = Batch(waker, wakes, [self.writing(each, "wake") for each in wakes])
+        parking = self.writing(held, then)
+        self.flush_in_turn(first, Batch(worker, [held], [parking]), commits=commits)
+        task = self.world.task(held.run)
+        if parking.transition.then == "park" and commits and (not cancels or task.cancelling):
+            assert task.state in ("ready", "suspect")
+            self.seen["park overtaken by a flush"] += 1
+
+    @rule(index=INDEX, then=st.sampled_from(THENS), commits=st.booleans())
+    def flush_while_being_reclaimed(self, index: int, then: str, commits: bool) -> None:
+        worker, (held,) = self.standing(index)
+        writing, owned = self.writing(held, then), self.world.owned(worker.id)
+        self.bury(worker)
+        reclaim = "select stepwell.reclaim_v1(%s, %s, 1000)"
+        _, answer = self.overtaken(
+            lambda db: db.execute(reclaim, [worker.id, POISON_AFTER]),
+            lambda db: worker.on(db).flush(writing),
+            commits=commits,
         )
-        mine = {run for run, task in before.items() if task.owner == worker.id}
-        wakes = {wake_id for wake_id, wake in self.wakes.items() if wake.owner == worker.id}
-        assert count == min(at_most, len(mine) + len(wakes))
-        assert remaining == (len(mine) + len(wakes) > at_most)
-        still = {
-            row[0] for row in self.lab.rows("select id from stepwell.tasks where claimed_by = %s", worker.id)
-        }
-        for wake_id in wakes - still:
-            self.wakes[wake_id].owner = None
-        for run in mine:
-            task = self._task(run)
-            assert task is not None
-            if task.id in still:
-                continue
-            if task.solo and task.solo_deaths + 1 >= POISON_AFTER:
-                task.seq += 1
-                self.runs[run].end("blocked")
-                continue
-            task.readied("suspect" if task.interruptions >= 1 else "ready")
-            task.interrupted, task.interruptions = True, task.interruptions + 1
-            task.solo_deaths, task.solo = task.solo_deaths + task.solo, False
-        return bool(remaining)
+        if commits:
+            self.freed(worker, owned)
+        expected = self.world.verdicts(worker.id, [writing])
+        assert answer() == expected
+        assert expected[0] % 4 == (FENCED if commits else APPLIED)
+        self.answered(Batch(worker, [held], [writing]), expected)
 
-    # -- what must hold
-
-    @invariant()
-    def tables_agree_with_the_model(self) -> None:
-        found = {row[0]: row for row in self.lab.rows(FACTS)}
-        assert found.keys() == {run for run, model in self.runs.items() if model.task is not None}
-        for run, row in found.items():
-            task = self._task(run)
-            assert task is not None
-            task.id, task.turn = row[1], row[2]
-            doing = None if row[8] is None else tuple(row[8])
-            assert (*row[3:8], doing, *row[9:]) == task.facts()
-        states = dict(self.lab.rows("select id, state from stepwell.runs"))
-        assert states == {run: model.state for run, model in self.runs.items()}
-        wakes = dict(self.lab.rows("select id, claimed_by from stepwell.tasks where kind = 'wake'"))
-        assert wakes == {wake_id: wake.owner for wake_id, wake in self.wakes.items()}
-
-    def _task(self, run: UUID) -> Task | None:
-        return self.runs[run].task
-
-    def _work_off(self) -> None:
-        """Bring everything to an end with one new worker."""
-        for worker in self.workers:
-            assert self.lab.one("select stepwell.bury_v1(%s)", worker.id)
-        for worker in self.workers + self.dead:
-            while self._reclaim(worker, 3):
-                pass
-        self.workers, self.dead = [], []
-        self.register()
-        (worker,) = self.workers
-        for round_ in range(2 * len(self.runs) + 2):
-            self.tables_agree_with_the_model()
-            if not self.wakes and all(run.task is None for run in self.runs.values()):
-                return
-            self.promote()
-            self.tables_agree_with_the_model()
-            held = self._claim(worker, 100, alone=bool(round_ % 2))
-            if held:
-                self._flush(
-                    worker, held, ["wake" if h.claim.kind == "wake" else "finish" for h in held], True
-                )
-        raise AssertionError("not everything could be worked off")
-
-    def _audit(self) -> None:
-        lab = self.lab
-        ends = "select run_id, epoch from stepwell.outbox where kind = 'run'"
-        expected = [(run, epoch) for run, model in self.runs.items() for epoch in range(model.epoch + 1)]
-        assert sorted(lab.rows(ends)) == sorted(expected)
-        gaps = lab.rows(
-            "select run_id from stepwell.outbox group by run_id having max(seq) <> count(*) or count(distinct seq) <> count(*)"
+    @rule(index=INDEX, at_most=st.integers(0, 2), commits=st.booleans())
+    def claim_while_being_buried(self, index: int, at_most: int, commits: bool) -> None:
+        worker = pick(self.workers, index)
+        expected = self.world.claimable(alone=False)
+        _, answer = self.overtaken(
+            lambda db: db.execute("select stepwell.bury_v1(%s)", [worker.id]),
+            lambda db: worker.on(db).claim(at_most),
+            commits=commits,
         )
-        assert gaps == []
-        assert lab.rows("select kind, name, outcome, sum(value)::int from stepwell.counters group by 1, 2, 3 order by 1, 2, 3") == lab.rows(
-            "select kind, name, outcome, count(*)::int from stepwell.outbox where kind <> 'epoch' group by 1, 2, 3 order by 1, 2, 3"
-        )  # fmt: skip
+        if commits:
+            self.mourn(worker)
+            with pytest.raises(psycopg.Error, match="declared dead"):
+                answer()
+        else:
+            self.claimed(worker, answer(), expected, at_most, alone=False)
+
+    @rule(index=INDEX, at_most=st.integers(0, 2), commits=st.booleans())
+    def bury_while_claiming(self, index: int, at_most: int, commits: bool) -> None:
+        """A burial waits for the claim, or gives up for now; then what the claim took is there to be reclaimed."""
+        worker = pick(self.workers, index)
+        expected = self.world.claimable(alone=False)
+        held, answer = self.overtaken(
+            lambda db: worker.on(db).claim(at_most),
+            lambda db: db.execute("select stepwell.bury_v1(%s)", [worker.id]),
+            commits=commits,
+        )
+        if commits:
+            self.claimed(worker, held, expected, at_most, alone=False)
+        try:
+            answer()
+            self.mourn(worker)
+        except psycopg.errors.LockNotAvailable:
+            self.bury(worker)
+        self.reclaim_from(worker)
+
+    @rule(index=INDEX, at_most=st.integers(1, 2), alone=st.booleans(), commits=st.booleans())
+    def claim_beside_a_claim(self, index: int, at_most: int, alone: bool, commits: bool) -> None:
+        """Neither waits for the other, and they share nothing."""
+        one, *others = self.workers if len(self.workers) > 1 else [*self.workers, self.enlist()]
+        other = pick(others, index)
+        expected = self.world.claimable(alone=alone)
+        first = one.on(self.open).claim(at_most, alone=alone)
+        beside = self.world.claimable(alone=alone, locked={each.task for each in first})
+        second = other.claim(at_most, alone=alone)
+        if commits:
+            self.open.commit()
+            self.claimed(one, first, expected, at_most, alone=alone)
+        else:
+            self.open.rollback()
+        self.claimed(other, second, beside, at_most, alone=alone)
+        self.seen["claim beside a claim"] += 1
 
 
 def test_any_interleaving_does_what_the_model_says(lab: Lab) -> None:
-    class Here(Machine):
-        url = lab.url
-
-    run_state_machine_as_test(
-        Here,
-        settings=settings(
-            max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-        ),
-    )
+    run_machine(Protocol, lab.url, FLOOR, examples=EXAMPLES, steps=STEPS)

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import msgspec
 import pytest
-from psycopg.errors import InvalidParameterValue
+from psycopg.errors import InvalidParameterValue, ObjectNotInPrerequisiteState
 
 from tests.protocol import Held, Lab, Worker, meanwhile
 from worker.engine.transitions import ChildRow, EndState, RecordRow
@@ -117,7 +117,8 @@ def test_a_fork_may_have_another_input_and_another_version(lab: Lab) -> None:
 @pytest.mark.parametrize("path", [(4,), (9,), (9, 1, 1), (9, 1), (0,), (1, 0)])
 def test_a_run_is_forked_only_where_it_has_been(lab: Lab, path: tuple[int, ...]) -> None:
     run = ended(lab, 1, (2, 2, 1))
-    with pytest.raises(InvalidParameterValue, match="stepwell: "):
+    refused = InvalidParameterValue if 0 in path else ObjectNotInPrerequisiteState
+    with pytest.raises(refused, match="stepwell: "):
         fork(lab, run, *path)
 
 
@@ -178,7 +179,7 @@ def test_a_fork_of_a_run_that_began_anew_has_only_what_came_since(lab: Lab) -> N
     worker.apply(held, held.release())
     again = worker.take()
     worker.apply(again, again.finish(again.record(1), state="failed"))
-    with pytest.raises(InvalidParameterValue, match="has not come to call 3"):
+    with pytest.raises(ObjectNotInPrerequisiteState, match="has not come to call 3"):
         fork(lab, run, 3)
     made = fork(lab, run, 2)
     assert [row[1:3] for row in lab.history(made)] == [(1, []), (1, [1]), (2, [])]
@@ -220,7 +221,8 @@ def test_an_open_run_is_rewound_when_it_is_paused_and_nothing_of_it_is_executed(
 def test_a_run_is_not_rewound_to_where_it_has_not_been(lab: Lab) -> None:
     run = ended(lab, 1, 2)
     for path in ((3,), (1, 1, 1), (2, 0)):
-        with pytest.raises(InvalidParameterValue, match="stepwell: "):
+        refused = InvalidParameterValue if 0 in path else ObjectNotInPrerequisiteState
+        with pytest.raises(refused, match="stepwell: "):
             rewind(lab, run, *path)
     assert lab.one("select stepwell.rewind(gen_random_uuid(), '{1}')") is None
 
@@ -229,7 +231,7 @@ def test_rewinds_go_by_what_applies(lab: Lab) -> None:
     run = ended(lab, 1, 2, 3)
     assert rewind(lab, run, 2) == 1
     end(lab, lab.worker(), 2)
-    with pytest.raises(InvalidParameterValue, match="nothing recorded at 3"):
+    with pytest.raises(ObjectNotInPrerequisiteState, match="nothing recorded at 3"):
         rewind(lab, run, 3)
     assert rewind(lab, run, 1) == 2
     assert applying(lab, run) == []
@@ -291,7 +293,7 @@ def test_a_run_whose_steps_were_undone_is_rewound_to_the_first_of_them_or_before
     run = ended(lab, 1, 2, 3, (3, 0), (2, 0))
     assert lab.retry(run) is None
     assert resolve(lab, run, 3, value=1) is None
-    with pytest.raises(InvalidParameterValue, match=r"step at 2 was undone .* rewind to 2 or before"):
+    with pytest.raises(ObjectNotInPrerequisiteState, match=r"step at 2 was undone .* rewind to 2 or before"):
         rewind(lab, run, 3)
     assert rewind(lab, run, 2) == 1
     assert applying(lab, run) == [((1,), 0, "completed")]
@@ -360,7 +362,7 @@ def test_a_held_step_is_resolved_by_a_value_or_an_error(lab: Lab) -> None:
 def test_what_has_completed_or_was_got_past_or_never_began_is_not_resolved(lab: Lab) -> None:
     run = held_step(lab)
     for path, said in ((1, "has completed"), (3, "no execution")):
-        with pytest.raises(InvalidParameterValue, match=said):
+        with pytest.raises(ObjectNotInPrerequisiteState, match=said):
             resolve(lab, run, path, value=1)
     with pytest.raises(InvalidParameterValue, match="by a value or by an error"):
         resolve(lab, run, 2)
@@ -375,8 +377,72 @@ def test_what_has_completed_or_was_got_past_or_never_began_is_not_resolved(lab: 
     held = worker.take()
     failed = held.record(1, outcome="failed", value=None)
     worker.apply(held, held.finish(failed, held.record(2), state="failed"))
-    with pytest.raises(InvalidParameterValue, match="has gone on since"):
+    with pytest.raises(ObjectNotInPrerequisiteState, match="has gone on since"):
         resolve(lab, caught, 1, value=1)
+
+
+def block(lab: Lab, *records: tuple[int, int]) -> None:
+    """Have the run that is ready blocked, with executions (path, n) that were interrupted."""
+    worker = lab.worker()
+    held = worker.take()
+    rows = [held.record(path, n=n, outcome="interrupted", value=None) for path, n in records]
+    worker.apply(held, held.finish(*rows, state="blocked"))
+
+
+def test_what_was_said_of_a_step_can_be_said_otherwise_until_the_run_has_gone_on(lab: Lab) -> None:
+    run = held_step(lab)
+    for epoch, value in enumerate((17, "seventeen", {"n": 17}), 1):
+        assert resolve(lab, run, 2, value=value) == epoch
+        assert applying(lab, run) == [
+            ((1,), 0, "completed"),
+            ((2,), 1, "interrupted"),
+            ((2,), 0, "completed"),
+        ]
+        assert visible(recorded(lab, run))[-1].value == json.dumps(value)
+        assert lab.rows(
+            "select value::text from stepwell.standing(%s) where path = '{2}' and n = 0", run
+        ) == [(json.dumps(value),)]
+        block(lab)
+    opened = (
+        "select outcome, value::text from stepwell.outbox where run_id = %s and kind = 'epoch' order by seq"
+    )
+    said = '{"at" : [2]}'
+    assert lab.rows(opened, run) == [("retry", None), ("resolve", said), ("resolve", said)]
+    assert resolve(lab, run, 2, error={"type": "Declined", "message": "no"}) == 4
+    assert applying(lab, run)[-1] == ((2,), 0, "failed")
+    block(lab)
+    assert resolve(lab, run, 2, value="paid after all") == 5
+    block(lab, (3, 1))
+    with pytest.raises(ObjectNotInPrerequisiteState, match="has gone on since step charge at 2 was resolved"):
+        resolve(lab, run, 2, value=1)
+
+
+def test_what_was_said_of_a_step_stands_once_the_run_has_made_a_child(lab: Lab) -> None:
+    run = held_step(lab)
+    assert resolve(lab, run, 2, value=1) == 1
+    block(lab)
+    child_of(lab, run, [3])
+    with pytest.raises(ObjectNotInPrerequisiteState, match="has gone on since"):
+        resolve(lab, run, 2, value=2)
+
+
+def test_a_step_that_a_worker_has_completed_is_not_resolved_in_a_later_epoch_either(lab: Lab) -> None:
+    run = held_step(lab)
+    assert resolve(lab, run, 2, value=1) == 1
+    block(lab)
+    with pytest.raises(ObjectNotInPrerequisiteState, match="step send at 1 has completed"):
+        resolve(lab, run, 1, value=1)
+
+
+def test_a_fork_and_a_retry_keep_what_was_said_last(lab: Lab) -> None:
+    run = held_step(lab)
+    assert resolve(lab, run, 2, value=1) == 1
+    block(lab)
+    assert resolve(lab, run, 2, value=2) == 2
+    block(lab)
+    assert lab.retry(run) == 3
+    for each in (run, fork(lab, run, 3)):
+        assert [record.value for record in visible(recorded(lab, each))][-1] == "2"
 
 
 def test_a_failed_undo_is_resolved(lab: Lab) -> None:
@@ -455,8 +521,11 @@ def test_the_database_and_the_replay_agree_on_what_applies(lab: Lab) -> None:
                 case 0:
                     epoch += 1
                     kind, path, n = "epoch", (), 1
-                    outcome = drawn.choice(["retry", "retry", "rewind", "rewind", "fork", "continue"])
-                    value = json.dumps({"to": drawn.choice(paths)}) if outcome == "rewind" else None
+                    outcome = drawn.choice(
+                        ["retry", "retry", "resolve", "rewind", "rewind", "fork", "continue"]
+                    )
+                    told = {"rewind": "to", "resolve": "at"}.get(outcome)
+                    value = json.dumps({told: drawn.choice(paths)}) if told else None
                 case 1:
                     if lab.rows("select from stepwell.outbox where run_id = %s and epoch = %s and n = 2 and path = '{}'",
                                 run, epoch):  # fmt: skip

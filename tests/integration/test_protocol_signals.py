@@ -19,9 +19,10 @@ def send(lab: Lab, run: UUID, name: str = "go", payload: str = "null", db: Db | 
     return bool(lab.one("select stepwell.signal(%s, %s, %s)", run, name, payload, db=db))
 
 
-def mail(lab: Lab, run: UUID) -> list[Mail]:
+def mail(lab: Lab, run: UUID, max_bytes: int | None = None) -> list[Mail]:
     """Return what a worker reads of what was sent and is not taken yet."""
-    return [Mail(*row[1:]) for row in lab.rows(load("mail"), [run])]
+    parameters = {"runs": [run], "max_bytes": max_bytes}
+    return [Mail(*row[1:]) for row in lab.db.execute(load("mail"), parameters)]
 
 
 def taking(held: Held, path: int, letter: Mail) -> tuple[RecordRow, Taken]:
