@@ -8,7 +8,6 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Ma
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Self
-from uuid import UUID
 
 from typing_extensions import TypeVar
 
@@ -29,7 +28,7 @@ from outbox.outcomes import outcome, pauses, timed_out
 from outbox.repairing import AsyncRepairs
 from outbox.runners import AsyncRunner
 from outbox.settings import Settings
-from outbox.statements import Duration, Key, Options, key_text, run_uuid
+from outbox.statements import Duration, Key, Options, RunLike, key_text, run_uuid
 from outbox.transactions import AsyncTransaction
 
 R = TypeVar("R", default=Any)
@@ -135,7 +134,7 @@ class AsyncClient(AsyncRepairs):
             tx=tx,
         )
 
-    async def get(self, run: UUID | str) -> RunInfo:
+    async def get(self, run: RunLike) -> RunInfo:
         """Return one run. Raises RunNotFound."""
         return await self._runner.run(history.run_info(run_uuid(run), self._runner.keyring))
 
@@ -144,7 +143,7 @@ class AsyncClient(AsyncRepairs):
         workflow: str | None = None,
         status: str | None = None,
         limit: int = 100,
-        before: UUID | str | None = None,
+        before: RunLike | None = None,
     ) -> builtins.list[RunInfo]:
         """Return the newest runs first; `before` is the last id of the page before."""
         return await self._runner.run(
@@ -153,15 +152,15 @@ class AsyncClient(AsyncRepairs):
             )
         )
 
-    async def history(self, run: UUID | str) -> builtins.list[HistoryRecord]:
+    async def history(self, run: RunLike) -> builtins.list[HistoryRecord]:
         """Return what has happened in a run, in order; nothing for an unknown run."""
         return await self._runner.run(history.history(run_uuid(run), self._runner.keyring))
 
-    async def tasks(self, run: UUID | str) -> builtins.list[TaskInfo]:
+    async def tasks(self, run: RunLike) -> builtins.list[TaskInfo]:
         """Return what is left to do for a run; nothing for one that has ended."""
         return await self._runner.run(history.tasks(run_uuid(run)))
 
-    async def why(self, run: UUID | str) -> str | None:
+    async def why(self, run: RunLike) -> str | None:
         """Return the sentence that says why a run is not running; see `Client.why`."""
         statement = reasons.situation(run_uuid(run), self._runner.keyring)
         first = await self._runner.run(statement)
@@ -171,7 +170,7 @@ class AsyncClient(AsyncRepairs):
         return reasons.explain(await self._runner.run(statement), first)
 
     async def result(
-        self, run: UUID | str, timeout: Duration | None = None, *, workflow: WorkflowLike[R] | None = None
+        self, run: RunLike, timeout: Duration | None = None, *, workflow: WorkflowLike[R] | None = None
     ) -> R:
         """Wait for the end of a run and return its result; see `Client.result`."""
         asked = run_uuid(run)
@@ -184,28 +183,28 @@ class AsyncClient(AsyncRepairs):
             raise timed_out(asked, timeout)
         return found.value(workflow)
 
-    async def cancel(self, run: UUID | str, *, tx: AsyncTransaction | None = None) -> bool:
+    async def cancel(self, run: RunLike, *, tx: AsyncTransaction | None = None) -> bool:
         """Ask for the end of a run; return whether it was open. See `Client.cancel`."""
         return await self._runner.run(statements.cancel(run_uuid(run)), tx)
 
     async def signal(
-        self, run: UUID | str, name: str, payload: Any = None, *, tx: AsyncTransaction | None = None
+        self, run: RunLike, name: str, payload: Any = None, *, tx: AsyncTransaction | None = None
     ) -> bool:
         """Send a signal to a run; return whether it was open. See `Client.signal`."""
         limit, keyring = self._runner.settings.max_payload_bytes, self._runner.keyring
         return await self._runner.run(exchange.signal(run_uuid(run), name, payload, limit, keyring), tx)
 
-    async def state(self, run: UUID | str) -> dict[str, Any]:
+    async def state(self, run: RunLike) -> dict[str, Any]:
         """Return what a run shows of itself; see `Client.state`."""
         return await self._runner.run(exchange.state(run_uuid(run), self._runner.keyring))
 
-    async def progress(self, run: UUID | str) -> Progress | None:
+    async def progress(self, run: RunLike) -> Progress | None:
         """Return how far a run is; see `Client.progress`."""
         return await self._runner.run(exchange.progress(run_uuid(run), self._runner.keyring))
 
     def stream(
         self,
-        run: UUID | str,
+        run: RunLike,
         name: str | None = None,
         *,
         after: int = 0,

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Self
-from uuid import UUID
 
 from typing_extensions import TypeVar
 
@@ -29,7 +28,7 @@ from outbox.outcomes import outcome, pauses, timed_out
 from outbox.repairing import Repairs
 from outbox.runners import Runner
 from outbox.settings import Settings
-from outbox.statements import Duration, Key, Options, key_text, run_uuid
+from outbox.statements import Duration, Key, Options, RunLike, key_text, run_uuid
 from outbox.transactions import Transaction
 
 R = TypeVar("R", default=Any)
@@ -161,7 +160,7 @@ class Client(Repairs):
             tx=tx,
         )
 
-    def get(self, run: UUID | str) -> RunInfo:
+    def get(self, run: RunLike) -> RunInfo:
         """Return one run. Raises RunNotFound."""
         return self._runner.run(history.run_info(run_uuid(run), self._runner.keyring))
 
@@ -170,7 +169,7 @@ class Client(Repairs):
         workflow: str | None = None,
         status: str | None = None,
         limit: int = 100,
-        before: UUID | str | None = None,
+        before: RunLike | None = None,
     ) -> builtins.list[RunInfo]:
         """Return the newest runs first; `before` is the last id of the page before."""
         return self._runner.run(
@@ -179,15 +178,15 @@ class Client(Repairs):
             )
         )
 
-    def history(self, run: UUID | str) -> builtins.list[HistoryRecord]:
+    def history(self, run: RunLike) -> builtins.list[HistoryRecord]:
         """Return what has happened in a run, in order; nothing for an unknown run."""
         return self._runner.run(history.history(run_uuid(run), self._runner.keyring))
 
-    def tasks(self, run: UUID | str) -> builtins.list[TaskInfo]:
+    def tasks(self, run: RunLike) -> builtins.list[TaskInfo]:
         """Return what is left to do for a run; nothing for one that has ended."""
         return self._runner.run(history.tasks(run_uuid(run)))
 
-    def why(self, run: UUID | str) -> str | None:
+    def why(self, run: RunLike) -> str | None:
         """Return the sentence that says why a run is not running; None if it runs or has ended well or badly.
 
         Takes a second look after a beat when only that shows whether a worker is alive. Raises RunNotFound.
@@ -200,7 +199,7 @@ class Client(Repairs):
         return reasons.explain(self._runner.run(statement), first)
 
     def result(
-        self, run: UUID | str, timeout: Duration | None = None, *, workflow: WorkflowLike[R] | None = None
+        self, run: RunLike, timeout: Duration | None = None, *, workflow: WorkflowLike[R] | None = None
     ) -> R:
         """Wait for the end of a run and return its result: plain JSON, or as `workflow` annotates it.
 
@@ -217,16 +216,14 @@ class Client(Repairs):
             raise timed_out(asked, timeout)
         return found.value(workflow)
 
-    def cancel(self, run: UUID | str, *, tx: Transaction | None = None) -> bool:
+    def cancel(self, run: RunLike, *, tx: Transaction | None = None) -> bool:
         """Ask for the end of a run; return whether it was open. An unknown run was not.
 
         A run that waits ends within moments, one that executes a step at the end of that step.
         """
         return self._runner.run(statements.cancel(run_uuid(run)), tx)
 
-    def signal(
-        self, run: UUID | str, name: str, payload: Any = None, *, tx: Transaction | None = None
-    ) -> bool:
+    def signal(self, run: RunLike, name: str, payload: Any = None, *, tx: Transaction | None = None) -> bool:
         """Send a signal to a run, which takes it by `wait_signal(name)`; return whether it was open. A blocked run was.
 
         Signals are kept until they are taken, so it may be sent before the run waits for it. `payload` is anything with
@@ -236,17 +233,17 @@ class Client(Repairs):
         limit, keyring = self._runner.settings.max_payload_bytes, self._runner.keyring
         return self._runner.run(exchange.signal(run_uuid(run), name, payload, limit, keyring), tx)
 
-    def state(self, run: UUID | str) -> dict[str, Any]:
+    def state(self, run: RunLike) -> dict[str, Any]:
         """Return what a run shows of itself by `set_state` and `progress`: key to value. Raises RunNotFound."""
         return self._runner.run(exchange.state(run_uuid(run), self._runner.keyring))
 
-    def progress(self, run: UUID | str) -> Progress | None:
+    def progress(self, run: RunLike) -> Progress | None:
         """Return how far a run is, None if its body does not say. Raises RunNotFound."""
         return self._runner.run(exchange.progress(run_uuid(run), self._runner.keyring))
 
     def stream(
         self,
-        run: UUID | str,
+        run: RunLike,
         name: str | None = None,
         *,
         after: int = 0,

@@ -34,7 +34,7 @@ def encode_fault(error: BaseException, raises: tuple[type[BaseException], ...] =
     rebuilt from it.
     """
     if isinstance(error, StepFailed):
-        fault = {"type": error.type, "message": _text(error.message, _MAX_MESSAGE)}
+        fault = {"type": _name(str(error.type)), "message": _text(error.message, _MAX_MESSAGE)}
         data = error.data
     else:
         fault = {"type": qualified_name(type(error)), "message": _message_of(error)}
@@ -76,8 +76,17 @@ def has_encodable_form(cls: type[BaseException]) -> bool:
 
 def qualified_name(cls: type) -> str:
     """Return `module.Class`, without the module for what is built in."""
-    name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
-    return _text(name, _MAX_NAME)
+    return _name(cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}")
+
+
+def _name(name: str) -> str:
+    """Return the name of a class as it is recorded and logged: a line break or a control character in it is spelled out.
+
+    A class can have any name that its step gives it, and that can be made of what came in.
+    """
+    return _text(
+        "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name), _MAX_NAME
+    )
 
 
 def _data_of(error: BaseException, *, warn: bool) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic
 from uuid import UUID
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from outbox.async_client import AsyncClient
     from outbox.client import Client
     from outbox.invocations import WorkflowLike
+    from outbox.repairs import CallPath
     from outbox.transactions import AsyncTransaction, Transaction
 
 R_co = TypeVar("R_co", covariant=True, default=Any)
@@ -51,6 +52,27 @@ class Run(Generic[R_co]):
     def resume(self) -> bool:
         """Have it go on after a pause; return whether it was paused."""
         return self._client.resume(self.id)
+
+    def retry(self) -> int:
+        """Open it again after it has failed, was cancelled or blocked; return its new epoch. See `Client.retry`."""
+        return self._client.retry(self.id)
+
+    def rewind(self, path: CallPath) -> int:
+        """Have it go on from a call as if that had never been made; return its new epoch. See `Client.rewind`."""
+        return self._client.rewind(self.id, path)
+
+    def fork(
+        self, path: CallPath, *, input: Mapping[str, Any] | None = None, version: str | None = None
+    ) -> Run[R_co]:
+        """Return a new run that has what happened in this one before a call, and goes on from it. See `Client.fork`."""
+        made = self._client.fork(self.id, path, input=input, version=version)
+        return Run(made, True, self.workflow, self._client, self._source)
+
+    def resolve(
+        self, path: CallPath, value: Any = None, *, error: str | Mapping[str, Any] | None = None
+    ) -> int:
+        """Say how a step of it ended, and have it go on; return its new epoch. See `Client.resolve`."""
+        return self._client.resolve(self.id, path, value, error=error)
 
     def signal(self, name: str, payload: Any = None, *, tx: Transaction | None = None) -> bool:
         """Send it a signal; return whether it was open. See `Client.signal`."""
@@ -100,6 +122,27 @@ class AsyncRun(Generic[R_co]):
     async def resume(self) -> bool:
         """Have it go on after a pause; return whether it was paused."""
         return await self._client.resume(self.id)
+
+    async def retry(self) -> int:
+        """Open it again after it has failed, was cancelled or blocked; return its new epoch. See `Client.retry`."""
+        return await self._client.retry(self.id)
+
+    async def rewind(self, path: CallPath) -> int:
+        """Have it go on from a call as if that had never been made; return its new epoch. See `Client.rewind`."""
+        return await self._client.rewind(self.id, path)
+
+    async def fork(
+        self, path: CallPath, *, input: Mapping[str, Any] | None = None, version: str | None = None
+    ) -> AsyncRun[R_co]:
+        """Return a new run that has what happened in this one before a call, and goes on from it. See `Client.fork`."""
+        made = await self._client.fork(self.id, path, input=input, version=version)
+        return AsyncRun(made, True, self.workflow, self._client, self._source)
+
+    async def resolve(
+        self, path: CallPath, value: Any = None, *, error: str | Mapping[str, Any] | None = None
+    ) -> int:
+        """Say how a step of it ended, and have it go on; return its new epoch. See `Client.resolve`."""
+        return await self._client.resolve(self.id, path, value, error=error)
 
     async def signal(self, name: str, payload: Any = None, *, tx: AsyncTransaction | None = None) -> bool:
         """Send it a signal; return whether it was open. See `Client.signal`."""

@@ -37,12 +37,12 @@ def meaning(error: psycopg.Error) -> StepwellError | None:
     """Return what an error of the database means in our words, or None if it is not about our call."""
     said = error.diag.message_primary or str(error)
     state = error.sqlstate or ""
+    hint = f" ({error.diag.message_hint})" if error.diag.message_hint else ""
     if state == _INVALID_ARGUMENT and said.startswith("stepwell: "):
-        hint = f" ({error.diag.message_hint})" if error.diag.message_hint else ""
         about_data = any(word in said for word in ("input", "key", "labels"))
         return (PayloadError if about_data else ConfigError)(said.removeprefix("stepwell: ") + hint)
     if state == _NOT_IN_THAT_STATE and said.startswith("stepwell: "):
-        return RunConflict(said.removeprefix("stepwell: "))
+        return RunConflict(said.removeprefix("stepwell: ") + hint)
     if state in _UNDEFINED and "stepwell" in said:
         return SchemaError(
             f"this database has no Stepwell schema, or an older one ({said}): run `stepwell migrate`"

@@ -11,7 +11,7 @@ from outbox import repairs
 from outbox.history import run_info
 from outbox.repairs import MOST_FOUND, RUNS_AT_ONCE, Action, CallPath
 from outbox.runners import AsyncRunner, Runner
-from outbox.statements import Duration, Key, run_uuid
+from outbox.statements import Duration, Key, RunLike, run_uuid
 
 
 class Repairs:
@@ -19,7 +19,7 @@ class Repairs:
 
     _runner: Runner
 
-    def retry(self, run: UUID | str) -> int:
+    def retry(self, run: RunLike) -> int:
         """Open a failed, cancelled or blocked run again and return its new epoch.
 
         What completed stays completed. Raises RunConflict when it is open or has succeeded, or has undone its steps
@@ -27,18 +27,18 @@ class Repairs:
         """
         return self._runner.run(repairs.retry(run_uuid(run)))
 
-    def rewind(self, run: UUID | str, path: CallPath) -> int:
+    def rewind(self, run: RunLike, path: CallPath) -> int:
         """Have a run go on from a call as if neither that one nor anything after it had happened; return its new epoch.
 
         What happened before stays. From there on steps have other idempotency keys, the signals that were taken are
         there again, and children are on their own: cancelled if they are open and not detached. An open run has to be
-        paused first, and goes on then. Raises RunConflict, RunNotFound, ConfigError for a call that was never made.
+        paused first, and goes on then. Raises RunConflict, also for a call that was never made, RunNotFound, ConfigError.
         """
         return self._runner.run(repairs.rewind(run_uuid(run), path))
 
     def fork(
         self,
-        run: UUID | str,
+        run: RunLike,
         path: CallPath,
         *,
         input: Mapping[str, Any] | None = None,
@@ -46,8 +46,8 @@ class Repairs:
     ) -> UUID:
         """Make a run that has what happened in `run` before a call, and goes on from there; return its id.
 
-        With the same input and version, or with others. `run` may be in any state, and is left as it is. Raises
-        RunNotFound, ConfigError for a call that the run has not come to, PayloadError.
+        With the same input and version, or with others, which nobody checks here. `run` may be in any state, and is left as
+        it is. Raises RunNotFound, RunConflict for a call that the run has not come to, ConfigError, PayloadError.
         """
         limit, keyring = self._runner.settings.max_payload_bytes, self._runner.keyring
         asked = run_uuid(run)
@@ -57,7 +57,7 @@ class Repairs:
 
     def resolve(
         self,
-        run: UUID | str,
+        run: RunLike,
         path: CallPath,
         value: Any = None,
         *,
@@ -65,15 +65,17 @@ class Repairs:
     ) -> int:
         """Say how a step ended that is held, or has failed, and have the run go on; return its new epoch.
 
-        With `error`, a message or a mapping with "type" and "message", the step has failed; else its result is `value`.
-        Raises RunConflict unless the run is blocked or failed, RunNotFound, ConfigError, PayloadError.
+        With `error`, a message or a mapping with "type" and "message", the step has failed; else its result is `value`,
+        which is not checked by the step's annotation. What was said so can be said otherwise until the run has gone on
+        from there. Raises RunConflict unless the run is blocked or failed and the step is such a one, RunNotFound,
+        ConfigError, PayloadError.
         """
         limit, keyring = self._runner.settings.max_payload_bytes, self._runner.keyring
         asked = run_uuid(run)
         step = self._runner.run(repairs.step_at(asked, path)) if keyring else ""
         return self._runner.run(repairs.resolve(asked, path, value, error, limit, keyring, step))
 
-    def pause(self, run: UUID | str) -> bool:
+    def pause(self, run: RunLike) -> bool:
         """Stop a run until it is resumed; return whether it was open.
 
         What is being executed ends first. Time goes on: a sleep that is over meanwhile is over, a deadline too. Its
@@ -81,7 +83,7 @@ class Repairs:
         """
         return self._runner.run(repairs.changed("pause", [run_uuid(run)])) != []
 
-    def resume(self, run: UUID | str) -> bool:
+    def resume(self, run: RunLike) -> bool:
         """Have a paused run go on; return whether it was paused."""
         return self._runner.run(repairs.changed("resume", [run_uuid(run)])) != []
 
@@ -89,7 +91,7 @@ class Repairs:
         """Erase what came in under an idempotency key, and what was made of it; return the runs.
 
         Of the runs of this key, of all that these have called, and of the forks of any of them: inputs, results, what
-        their steps returned, messages and data of errors, signals, state and streams, labels and lanes, and the key
+        their steps returned, messages and data of errors, signals, state and streams, labels, lanes and tenants, and the key
         itself, which is free again. What happened stays: names, outcomes, times. Such a run cannot go on any more. Without
         `workflow`, the key of all. Raises RunConflict while one of them is open: cancel it first.
         """
@@ -111,7 +113,7 @@ class Repairs:
         """
         return self._runner.run(repairs.matching(workflow, status, error_like, since, limit))
 
-    def change(self, action: Action, runs: Iterable[UUID | str]) -> Iterator[UUID]:
+    def change(self, action: Action, runs: Iterable[RunLike]) -> Iterator[UUID]:
         """Retry, cancel, pause or resume many runs; yield those that were in a state for it.
 
         Lazy: nothing happens until the result is iterated. So many hundred at a time are one transaction.
@@ -126,17 +128,17 @@ class AsyncRepairs:
 
     _runner: AsyncRunner
 
-    async def retry(self, run: UUID | str) -> int:
+    async def retry(self, run: RunLike) -> int:
         """Open a failed, cancelled or blocked run again and return its new epoch. See `Client.retry`."""
         return await self._runner.run(repairs.retry(run_uuid(run)))
 
-    async def rewind(self, run: UUID | str, path: CallPath) -> int:
+    async def rewind(self, run: RunLike, path: CallPath) -> int:
         """Have a run go on from a call before; return its new epoch. See `Client.rewind`."""
         return await self._runner.run(repairs.rewind(run_uuid(run), path))
 
     async def fork(
         self,
-        run: UUID | str,
+        run: RunLike,
         path: CallPath,
         *,
         input: Mapping[str, Any] | None = None,
@@ -151,7 +153,7 @@ class AsyncRepairs:
 
     async def resolve(
         self,
-        run: UUID | str,
+        run: RunLike,
         path: CallPath,
         value: Any = None,
         *,
@@ -163,11 +165,11 @@ class AsyncRepairs:
         step = await self._runner.run(repairs.step_at(asked, path)) if keyring else ""
         return await self._runner.run(repairs.resolve(asked, path, value, error, limit, keyring, step))
 
-    async def pause(self, run: UUID | str) -> bool:
+    async def pause(self, run: RunLike) -> bool:
         """Stop a run until it is resumed; return whether it was open. See `Client.pause`."""
         return await self._runner.run(repairs.changed("pause", [run_uuid(run)])) != []
 
-    async def resume(self, run: UUID | str) -> bool:
+    async def resume(self, run: RunLike) -> bool:
         """Have a paused run go on; return whether it was paused."""
         return await self._runner.run(repairs.changed("resume", [run_uuid(run)])) != []
 
@@ -187,7 +189,7 @@ class AsyncRepairs:
         """Return the ids of runs, the oldest first. See `Client.find`."""
         return await self._runner.run(repairs.matching(workflow, status, error_like, since, limit))
 
-    async def change(self, action: Action, runs: Iterable[UUID | str]) -> AsyncIterator[UUID]:
+    async def change(self, action: Action, runs: Iterable[RunLike]) -> AsyncIterator[UUID]:
         """Retry, cancel, pause or resume many runs; yield those that were in a state for it. See `Client.change`."""
         ids = map(run_uuid, runs)
         while chunk := list(islice(ids, RUNS_AT_ONCE)):

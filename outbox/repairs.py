@@ -95,9 +95,9 @@ def fork(
     keyring: Keyring = NO_KEYS,
     workflow: str = "",
 ) -> Statement[UUID]:
-    """Make a run that goes on from a call of another one; answers its id. Raises RunNotFound, ConfigError, PayloadError.
+    """Make a run that goes on from a call of another one; answers its id.
 
-    Another input is sealed as one of `workflow`.
+    Another input is sealed as one of `workflow`. Raises RunNotFound, RunConflict, ConfigError, PayloadError.
     """
     if input is not None and not isinstance(input, Mapping):
         raise PayloadError(

@@ -141,7 +141,7 @@ def _serialised(connection: psycopg.Connection[Any]) -> Iterator[None]:
     connection.add_notice_handler(_log_notice)
     connection.execute(f"set lock_timeout = '{LOCK_TIMEOUT}'")
     try:
-        connection.execute("select pg_advisory_lock(%s)", [MIGRATE_LOCK_KEY])
+        _take_turn(connection)
         try:
             yield
         finally:
@@ -149,13 +149,31 @@ def _serialised(connection: psycopg.Connection[Any]) -> Iterator[None]:
                 connection.execute("select pg_advisory_unlock(%s)", [MIGRATE_LOCK_KEY])
     except LockNotAvailable:
         raise SchemaError(
-            "another `stepwell migrate`, or a transaction that uses the schema, was in the way for a minute: "
-            "try again"
+            "a transaction that uses the schema was in the way for a minute: try again when it has ended"
         ) from None
     finally:
         connection.remove_notice_handler(_log_notice)
         if not connection.broken:
             connection.execute("reset lock_timeout")
+
+
+def _take_turn(connection: psycopg.Connection[Any]) -> None:
+    """Wait for the lock of migrations, but not for ever: whoever may connect can hold it."""
+    try:
+        connection.execute("select pg_advisory_lock(%s)", [MIGRATE_LOCK_KEY])
+    except LockNotAvailable:
+        holder = connection.execute(load("migrate_holder"), {"key": MIGRATE_LOCK_KEY}).fetchone()
+        who = "somebody who has gone meanwhile"
+        if holder is not None:
+            pid, role, name = holder
+            who = (
+                f"a session of role {role!r} (process {pid}, application {name!r}); if that is no migrate, "
+                f"end it with `select pg_terminate_backend({pid})`"
+            )
+        raise SchemaError(
+            f"another `stepwell migrate` was in the way for a minute, or what has taken its lock: {who}. "
+            "Try again then; nothing was changed"
+        ) from None
 
 
 def _log_notice(notice: psycopg.errors.Diagnostic) -> None:

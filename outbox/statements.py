@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 from uuid import UUID
 
 from outbox.codec import decode, encode
@@ -21,6 +21,19 @@ T = TypeVar("T")
 
 Key = str | int | UUID
 Duration = float | timedelta
+
+
+class Identified(Protocol):
+    """What has the id of a run: `Run`, `AsyncRun`, `RunInfo`."""
+
+    @property
+    def id(self) -> UUID:
+        """The id of the run."""
+        ...
+
+
+RunLike = UUID | str | Identified
+"""A run: by its id, as text too, or by what has it."""
 Rows = Sequence[Sequence[Any]]
 
 MAX_KEY_BYTES = 512
@@ -146,12 +159,13 @@ def exchanged_name(name: object, function: str, error: type[ConfigError | ValueE
         raise error(f'{function}(): names that begin with "stepwell:" are Stepwell\'s own, got {name!r}')
 
 
-def run_uuid(run: UUID | str) -> UUID:
-    """Return the id of a run, given as a UUID or as its text. Raises RunNotFound for other text."""
-    if isinstance(run, UUID):
-        return run
+def run_uuid(run: RunLike) -> UUID:
+    """Return the id of a run, given as a UUID, as its text or by what has it. Raises RunNotFound for anything else."""
+    found: Any = run if isinstance(run, UUID | str) else getattr(run, "id", run)
+    if isinstance(found, UUID):
+        return found
     try:
-        return UUID(run)
+        return UUID(found)
     except (ValueError, AttributeError, TypeError):
         raise RunNotFound(f"{run!r} is not the id of a run") from None
 

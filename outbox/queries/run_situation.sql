@@ -20,12 +20,7 @@ select r.state, r.error::text, clock_timestamp(),
        (select json_agg(json_build_object(
                    'id', w.id, 'host', w.host, 'pid', w.pid, 'beat', w.beat, 'dead', w.dead_at is not null,
                    'serves', coalesce(t.queue = any (w.queues), false), 'knows', coalesce(t.name = any (w.names), false),
-                   'locked', exists (
-                       select from pg_catalog.pg_locks l
-                       where l.locktype = 'advisory' and l.granted and l.objsubid = 1
-                         and l.database = (select d.oid from pg_catalog.pg_database d
-                                           where d.datname = current_database())
-                         and l.classid = (w.id >> 32)::oid and l.objid = (w.id & 4294967295)::oid)))::text
+                   'locked', w.id in (select s.worker from stepwell.supervised s)))::text
         from stepwell.workers w),
        r.version, t.awaits,
        (select json_agg(json_build_object(

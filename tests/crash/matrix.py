@@ -347,7 +347,9 @@ def _compare(scene: Scene, stage: Stage, said: Effects, verdict: Verdict) -> Non
     cell = stage.cell
     if faults.MATRIX[cell.fault].interrupts:
         # A victim that held nothing is found dead no sooner than any other, and the run does not wait for that.
-        wait_until(lambda: not scene.knows(stage.victim.worker), END_SECONDS, what="the victim to be reclaimed")
+        wait_until(
+            lambda: not scene.knows(stage.victim.worker), END_SECONDS, what="the victim to be reclaimed"
+        )
     elif cell.phase != "drain":
         gone = faults.reclaimed(scene, stage.before)
         assert gone == [], "nobody is taken for dead because of the network or the database"

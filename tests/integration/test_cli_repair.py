@@ -14,6 +14,7 @@ from outbox.codec import Signature
 from tests.protocol import Lab, Worker
 from worker.cli import main, repair
 from worker.engine.transitions import EndState
+from worker.registry import collecting
 
 Command = Callable[..., Result]
 
@@ -68,14 +69,15 @@ def test_a_run_is_forked(lab: Lab, stepwell: Command, worker: Worker) -> None:
     made = stepwell("runs", "fork", run[:30], "--from", "2")
     assert made.exit_code == 0
     assert lab.state(UUID(made.stdout.strip())) == "waiting"
-    other = stepwell("runs", "fork", run, "--from", "2", "--input", '{"x": 1}', "--version", "7", "--json")
+    another = ("--input", '{"x": 1}', "--version", "7", "--allow-unknown")
+    other = stepwell("runs", "fork", run, "--from", "2", *another, "--json")
     told = json.loads(other.stdout)
     assert told["of"] == run
     assert lab.rows("select version, input #>> '{x}' from stepwell.runs where id = %s", told["id"]) == [
         ("7", "1")
     ]
     missing = stepwell("runs", "fork", run, "--from", "9")
-    assert missing.exit_code == 2
+    assert missing.exit_code == 1
     assert "has not come to call 9" in sentence(missing)
     assert "not the path of a call" in sentence(stepwell("runs", "fork", run, "--from", "x"))
     assert "must be an object" in sentence(stepwell("runs", "fork", run, "--from", "2", "--input", "[1]"))
@@ -91,7 +93,10 @@ def test_a_run_is_rewound(lab: Lab, stepwell: Command, worker: Worker) -> None:
     assert f"pause it first (`stepwell runs pause {run}`)" in sentence(again)
     assert stepwell("runs", "pause", run).exit_code == 0
     lab.db.execute("update stepwell.outbox set n = 0 where kind = 'step'")
-    assert "nothing recorded at" in sentence(stepwell("runs", "rewind", run, "--to", "5", "--json"))
+    beyond = stepwell("runs", "rewind", run, "--to", "5", "--json")
+    assert beyond.exit_code == 1
+    assert "nothing recorded at" in sentence(beyond)
+    assert stepwell("runs", "rewind", run, "--to", "x").exit_code == 2
 
 
 def test_a_step_is_resolved(lab: Lab, stepwell: Command, worker: Worker) -> None:
@@ -115,6 +120,55 @@ def test_a_step_is_resolved(lab: Lab, stepwell: Command, worker: Worker) -> None
     conflict = stepwell("runs", "resolve", first, "2", "--value", "1")
     assert conflict.exit_code == 1
     assert "is open" in sentence(conflict)
+    lab.db.execute("delete from stepwell.tasks")
+    third = run_of(lab, worker, "blocked", last="interrupted")
+    completed = stepwell("runs", "resolve", third, "1", "--value", "1")
+    assert completed.exit_code == 1
+    assert "step send at 1 has completed (rewind to it to have it executed again)" in sentence(completed)
+    assert stepwell("runs", "resolve", third, "7", "--value", "1").exit_code == 1
+
+
+STEPS = """
+from worker import step, workflow
+
+def refund(total: int, result: int) -> bool: ...
+
+@step(name="send", undo=refund)
+async def total_of(total: int) -> int: ...
+
+@workflow
+async def sums() -> None: ...
+"""
+
+
+def test_a_value_that_is_said_of_a_step_is_checked_by_an_app(
+    lab: Lab, stepwell: Command, worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "resolved_steps.py").write_text(STEPS)
+    (tmp_path / "without_steps.py").write_text(STEPS.replace('name="send"', 'name="other"'))
+    with collecting():
+        run = run_of(lab, worker, "blocked", last="interrupted")
+        resolve = ("runs", "resolve", run, "2", "--app", "resolved_steps.py", "--value")
+        refused = stepwell(*resolve, '"seventeen"')
+        assert refused.exit_code == 2
+        assert "the value of step 'send': expected `int`, got `str`" in sentence(refused)
+        assert stepwell(*resolve, "17").exit_code == 0
+    with collecting():
+        missing = stepwell("runs", "resolve", run, "2", "--app", "without_steps.py", "--value", "17")
+        assert missing.exit_code == 2
+        assert "without_steps.py defines no step called 'send'" in sentence(missing)
+
+
+def test_a_value_of_the_wrong_type_can_be_given_anew(lab: Lab, stepwell: Command, worker: Worker) -> None:
+    run = run_of(lab, worker, "blocked", last="interrupted")
+    assert stepwell("runs", "resolve", run, "2", "--value", "17").exit_code == 0
+    held = worker.take()
+    worker.apply(held, held.finish(state="blocked"))
+    assert stepwell("runs", "resolve", run, "2", "--value", '"seventeen"').exit_code == 0
+    shown = stepwell("runs", "show", run).stdout
+    assert "resolved anew 1×" in shown
+    assert "what was said of call 2 before does not count" in " ".join(shown.split())
 
 
 def test_a_run_is_paused_shown_and_resumed(lab: Lab, stepwell: Command, worker: Worker) -> None:
@@ -184,6 +238,32 @@ def test_a_dry_run_changes_nothing(lab: Lab, stepwell: Command, worker: Worker) 
     assert json.loads(told.stdout) == {"matching": 1, "changed": 0, "examples": [run], "dry_run": True}
     assert told.stderr == ""
     assert lab.state(UUID(run)) == "failed"
+
+
+def test_a_status_may_be_called_a_state(lab: Lab, stepwell: Command, worker: Worker) -> None:
+    run = run_of(lab, worker)
+    chosen = ("--workflow", "w", "--state", "failed", "--error-like", "it ended", "--since", "1h")
+    done = stepwell("runs", "retry", *chosen, "--yes")
+    assert (done.exit_code, done.stdout) == (0, "1 run ready again\n")
+    assert lab.state(UUID(run)) == "waiting"
+
+
+def test_runs_are_listed_by_the_same_options(lab: Lab, stepwell: Command, worker: Worker) -> None:
+    failed = [run_of(lab, worker) for _ in range(3)]
+    run_of(lab, worker, "blocked")
+    lab.enqueue()
+
+    def listed(*options: str) -> list[str]:
+        done = stepwell("runs", "list", "--json", *options)
+        assert done.exit_code == 0
+        return [each["id"] for each in json.loads(done.stdout)]
+
+    assert listed("--status", "failed") == listed("--state", "failed") == failed[::-1]
+    assert listed("--error-like", "IT ENDED", "--state", "failed", "--limit", "2") == failed[:0:-1]
+    assert listed("--error-like", "nothing of the kind") == []
+    assert len(listed("--since", "1h")) == 5
+    lab.db.execute("select pg_sleep(0.05)")
+    assert listed("--since", "10ms", "--workflow", "w") == []
 
 
 def test_only_what_can_be_changed_is_meant(lab: Lab, stepwell: Command, worker: Worker) -> None:
@@ -269,6 +349,35 @@ def test_a_run_is_enqueued_for_a_version_and_checked_by_it(lab: Lab, stepwell: C
     assert missing.exit_code == 2
     assert "there is no version '3' of workflow 'flow'; workers have published '1', '2'" in sentence(missing)
     assert stepwell("enqueue", "flow", '{"x": 1}', "--version", "3", "--allow-unknown").exit_code == 0
+
+
+@pytest.mark.usefixtures("published")
+def test_a_fork_is_checked_as_a_new_run_is(lab: Lab, stepwell: Command, tmp_path: Path) -> None:
+    made = stepwell("enqueue", "flow", '{"old": 1}', "--version", "1", "--queue", "default")
+    run = made.stdout.strip()
+    fork = ("runs", "fork", run, "--from", "1")
+    for given, said in (
+        (["--input", '{"nope": 1}'], "input of workflow 'flow'"),
+        (["--input", '{"new": 1}'], "input of workflow 'flow'"),
+        (["--version", "2"], f"the input of run {run}"),
+        (["--version", "7"], "there is no version '7' of workflow 'flow'; workers have published '1', '2'"),
+        (["--version", "7", "--app", "none.py"], "there is no file none.py"),
+    ):
+        refused = stepwell(*fork, *given)
+        assert refused.exit_code == 2, given
+        assert said in sentence(refused)
+    assert lab.one("select count(*) from stepwell.runs") == 1
+    for given in (
+        [],
+        ["--input", '{"old": 2}'],
+        ["--input", '{"new": 2}', "--version", "2"],
+        ["--version", "7", "--allow-unknown"],
+    ):
+        done = stepwell(*fork, *given)
+        assert done.exit_code == 0, done.stderr
+    (tmp_path / "forked_flows.py").write_text(APP.replace('version="5"', 'version="6"'))
+    with collecting():
+        assert stepwell(*fork, "--version", "2", "--app", "forked_flows.py").exit_code == 2
 
 
 def test_an_app_with_several_versions_is_asked_for_one(

@@ -43,6 +43,7 @@ SWAPPED = APP.replace(
     "    size = await save(name)\n    text = await greet(name)\n",
 )
 LONGER = APP.replace("    return size\n", "    await save(text)\n    return size\n")
+DRIFTING = APP.replace("await greet(name)", 'await greet(name + "!")')
 WITHOUT = APP.replace("async def welcome", "async def farewell")
 
 
@@ -125,9 +126,47 @@ def test_histories_are_rehearsed_against_the_code(shop: Shop, runs: tuple[str, s
     assert {each["run"] for each in told["mismatches"]} == {ended, asleep}
     assert {each["expected"] for each in told["mismatches"]} == {"step greet at 1 (completed)"}
 
-    left_out = shop.stepwell("replay", shop.app(WITHOUT))
-    assert (left_out.returncode, left_out.stdout) == (0, "0 replayed, 0 would be blocked\n")
-    assert "welcome (1)" in left_out.stderr
+
+def test_other_arguments_are_told_and_fail_unless_they_are_allowed(shop: Shop, runs: tuple[str, str]) -> None:
+    _, asleep = runs
+    drifting = shop.stepwell("replay", shop.app(DRIFTING))
+    assert drifting.returncode == 1
+    first, message, recorded, got, arguments, summary = drifting.stdout.splitlines()
+    assert first == f"run {asleep} of welcome (open): would drift"
+    assert "other arguments" in message
+    assert f"{shop.app(DRIFTING)}:14: " in message
+    assert recorded.startswith("  recorded: step greet at 1, arguments #")
+    assert got.startswith("  the code: step greet at 1, arguments #")
+    assert arguments == '      with: {"name":"slow!"}'
+    assert summary == "1 replayed, 0 would be blocked, 1 would drift"
+
+    told = json.loads(shop.stepwell("replay", shop.app(DRIFTING), "--json").stdout)
+    assert (told["mismatches"], [each["run"] for each in told["drifts"]]) == ([], [asleep])
+
+    allowed = shop.stepwell("replay", shop.app(DRIFTING), "--allow-drift")
+    assert (allowed.returncode, allowed.stdout) == (
+        0, "1 replayed, 0 would be blocked, 1 would drift (allowed)\n",
+    )  # fmt: skip
+    assert shop.stepwell("replay", shop.app(SWAPPED), "--allow-drift").returncode == 1
+
+
+def test_runs_that_nobody_would_take_any_more_fail_unless_others_have_their_code(
+    shop: Shop, runs: tuple[str, str]
+) -> None:
+    gone = shop.stepwell("replay", shop.app(WITHOUT))
+    assert (gone.returncode, gone.stdout) == (
+        1, "0 replayed, 0 would be blocked, 1 would have no code\n",
+    )  # fmt: skip
+    assert "welcome (1); --allow-missing" in gone.stderr
+    told = json.loads(shop.stepwell("replay", shop.app(WITHOUT), "--since", "1h", "--json").stdout)
+    assert (told["without_code"], told["left_out"]) == ({"welcome": 1}, {"welcome": 1})
+
+    allowed = shop.stepwell("replay", shop.app(WITHOUT), "--allow-missing")
+    assert (allowed.returncode, allowed.stdout) == (
+        0, "0 replayed, 0 would be blocked, 1 would have no code (allowed)\n",
+    )  # fmt: skip
+    narrowed = shop.stepwell("replay", shop.app(WITHOUT), "--workflow", "farewell")
+    assert (narrowed.returncode, narrowed.stdout) == (0, "0 replayed, 0 would be blocked\n")
 
 
 def test_a_blocked_run_is_rehearsed_with_those_that_are_open(

@@ -369,7 +369,8 @@ def test_processes_that_start_at_once_on_a_new_machine_find_one_account() -> Non
     )
     try:
         started = [
-            subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(6)
+            subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+            for _ in range(6)
         ]
         found = {each.communicate(timeout=60)[0] for each in started}
         assert {each.returncode for each in started} == {0}

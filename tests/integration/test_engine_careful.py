@@ -64,7 +64,8 @@ async def test_an_interrupted_step_with_hold_waits_for_a_person(lab: Lab, prepar
             assert blocked.error["reason"] == "held after an interruption"
             assert blocked.error["message"] == (
                 f"step pay at {path} was interrupted and may have taken effect; "
-                "find out, then retry the run to execute it again"
+                f"find out, then say how it ended (`stepwell runs resolve RUN {path} --value JSON`), or retry the run to "
+                "execute it again"
             )
             assert ledger.names == "p"
             assert await lab.retry(run) == 1

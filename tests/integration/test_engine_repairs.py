@@ -28,6 +28,10 @@ async def client(lab: Lab) -> AsyncIterator[AsyncClient]:
         yield opened
 
 
+async def _length_of(executed: list[int], length: int) -> bool:
+    return len(executed) >= length
+
+
 class Effects(list[tuple[str, str]]):
     """What steps have done: (what, idempotency key)."""
 
@@ -176,6 +180,47 @@ async def test_a_held_step_is_resolved_and_the_body_sees_it(lab: Lab, client: As
         gate.open()
         assert await both.result(20) == ["by hand", "charged"]
     assert sorted(executed) == [1, 2, 7, 8, 8]
+
+
+async def test_a_value_of_the_wrong_type_is_said_anew_and_nothing_is_executed_for_that(
+    lab: Lab, client: AsyncClient
+) -> None:
+    gate = Gate()
+    executed: list[int] = []
+    with collecting() as registry:
+
+        @step(on_crash="hold")
+        async def charge() -> str:
+            await gate.passed()
+            return "charged"
+
+        @step
+        async def note(n: int) -> int:
+            executed.append(n)
+            return n
+
+        @workflow
+        async def paying() -> list[str | int]:
+            return [await note(1), *await gather(charge(), note(2)), await note(3)]
+
+    engine = lab.start(registry)
+    await engine.claiming()
+    run = await client.enqueue(paying)
+    await gate.reached(1)
+    await until(lambda: _length_of(executed, 2), what="the other branch")
+    await engine.crash()
+    async with lab.engine(registry):
+        held = await lab.ended(run.id)
+        assert (held.state, held.error["reason"]) == ("blocked", "held after an interruption")
+        assert "`stepwell runs resolve RUN 2.1.1 --value JSON`" in held.error["message"]
+        assert await client.resolve(run.id, "2.1.1", 17) == 1
+        blocked = await lab.ended(run.id)
+        assert (blocked.state, blocked.error["reason"]) == ("blocked", "recorded result cannot be decoded")
+        again = f"if a person gave it, `stepwell runs resolve {run.id} 2.1.1 --value …` gives another"
+        assert again in blocked.error["message"]
+        assert await client.resolve(run.id, "2.1.1", "seventeen") == 2
+        assert await run.result(20) == [1, "seventeen", 2, 3]
+    assert executed == [1, 2, 3]
 
 
 async def test_a_failed_step_is_resolved(lab: Lab, client: AsyncClient) -> None:

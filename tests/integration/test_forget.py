@@ -16,7 +16,7 @@ from psycopg.rows import TupleRow
 
 from outbox import Client, PayloadError, RunConflict
 from outbox.database import connect
-from tests.engines import Lab
+from tests.engines import Lab, until
 from tests.scanning import places_of
 from tests.waiting import wait_until
 from worker import (
@@ -119,7 +119,9 @@ def raise_not_deterministic(word: str) -> None:
 
 
 async def has_ended(lab: Lab, client: Client, workflow: str, *signals: str, key: str = EMAIL) -> UUID:
-    run = client.enqueue(workflow, word=SECRET, key=key, labels={"for": SECRET}, lane=SECRET)
+    run = client.enqueue(
+        workflow, word=SECRET, key=key, labels={"for": SECRET}, lane=SECRET, tenant=f"the company {SECRET}"
+    )
     for each in signals:
         client.signal(run.id, "go", each)
     await lab.ended(run.id)
@@ -244,6 +246,66 @@ async def test_who_forks_a_run_just_then_waits_and_is_refused(
         forgetting.commit()
     forking.join()
     assert "was forgotten" in str(said[0])
+
+
+async def test_a_signal_that_commits_after_the_run_was_forgotten_is_forgotten_as_well(
+    lab: Lab, client: Client, db: Db, database_url: str
+) -> None:
+    async with lab.engine(carrying()):
+        run = client.enqueue("left_behind", word=SECRET, key=EMAIL)
+        await lab.waits(run.id)
+        with connect(database_url, application_name="test", autocommit=False) as late:
+            assert client.signal(run.id, "go", SECRET, tx=late)
+            run.cancel()
+            await lab.ended(run.id)
+            assert client.forget(EMAIL) == [run.id]
+            assert places_of(db, SECRET) == {}
+            late.commit()
+        await until(lambda: nothing_left_to_do(db), what="what is told to forgotten runs")
+    assert places_of(db, SECRET) == {}
+
+
+async def test_a_signal_that_commits_while_the_run_is_being_forgotten_is_forgotten_as_well(
+    lab: Lab, client: Client, db: Db, database_url: str
+) -> None:
+    """Its own wake is applied by a worker that cannot know of it yet."""
+    async with lab.engine(carrying()):
+        run = client.enqueue("left_behind", word=SECRET, key=EMAIL)
+        await lab.waits(run.id)
+        with (
+            connect(database_url, application_name="test", autocommit=False) as late,
+            connect(database_url, application_name="test", autocommit=False) as forgetting,
+        ):
+            assert client.signal(run.id, "go", SECRET, tx=late)
+            run.cancel()
+            await lab.ended(run.id)
+            await until(lambda: nothing_left_to_do(db), what="the cancellation")
+            assert forgetting.execute("select stepwell.forget(%s)", [EMAIL]).fetchone() == ([run.id],)
+            late.commit()
+            await until(lambda: nothing_left_to_do(db), what="the signal's own wake")
+            forgetting.commit()
+        await until(lambda: nothing_left_to_do(db), what="what is told to forgotten runs")
+    assert places_of(db, SECRET) == {}
+
+
+async def test_a_late_signal_to_a_run_that_has_ended_is_there_for_its_retry(
+    lab: Lab, client: Client, db: Db, database_url: str
+) -> None:
+    async with lab.engine(carrying()):
+        run = client.enqueue("left_behind", word=SECRET, key=EMAIL)
+        await lab.waits(run.id)
+        with connect(database_url, application_name="test", autocommit=False) as late:
+            assert client.signal(run.id, "go", "after all", tx=late)
+            run.cancel()
+            await lab.ended(run.id)
+            late.commit()
+        await until(lambda: nothing_left_to_do(db), what="the signal's wake")
+        client.retry(run.id)
+        assert await lab.succeeded(run.id) == "after all"
+
+
+async def nothing_left_to_do(db: Db) -> bool:
+    return db.execute("select count(*) from stepwell.tasks").fetchone() == (0,)
 
 
 async def test_a_blocked_run_is_cancelled_and_forgotten(lab: Lab, client: Client, db: Db) -> None:

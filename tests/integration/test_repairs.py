@@ -9,7 +9,15 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from outbox import AsyncClient, Client, ConfigError, PayloadError, RunConflict, RunNotFound
+from outbox import (
+    AsyncClient,
+    Client,
+    ConfigError,
+    PayloadError,
+    ResultTimeout,
+    RunConflict,
+    RunNotFound,
+)
 from tests.flows import Flow
 from tests.protocol import APPLIED, Held, Lab, Worker
 from worker.engine.transitions import EndState, RecordRow
@@ -66,7 +74,7 @@ def test_a_run_is_rewound(lab: Lab, client: Client, worker: Worker) -> None:
     with pytest.raises(RunConflict, match="is paused, but still executes a step"):
         client.rewind(run, 1)
     assert worker.flush(held.release()) == [APPLIED + 8]
-    with pytest.raises(ConfigError, match="nothing recorded at 7"):
+    with pytest.raises(RunConflict, match="nothing recorded at 7"):
         client.rewind(run, 7)
     assert client.rewind(str(run), (1,)) == 2
 
@@ -80,7 +88,7 @@ def test_a_run_is_forked(lab: Lab, client: Client, worker: Worker) -> None:
     assert (client.get(other).input, client.get(other).version) == ({"x": 1}, "2")
     with pytest.raises(RunNotFound):
         client.fork(UNKNOWN, 1)
-    with pytest.raises(ConfigError, match="has not come to call 9"):
+    with pytest.raises(RunConflict, match="has not come to call 9"):
         client.fork(run, 9)
     with pytest.raises(PayloadError, match="a mapping, parameter name to value"):
         client.fork(run, 1, input=[1])  # type: ignore[arg-type]
@@ -112,7 +120,7 @@ def test_a_held_step_is_resolved(lab: Lab, client: Client, worker: Worker) -> No
         client.resolve(run, 2, 1, error="no")
     with pytest.raises(ConfigError, match="a text, or a mapping"):
         client.resolve(run, 2, error={"type": "E"})
-    with pytest.raises(ConfigError, match=r"step send at 1 has completed \(rewind to it"):
+    with pytest.raises(RunConflict, match=r"step send at 1 has completed \(rewind to it"):
         client.resolve(run_of(lab, worker, "completed", "held", state="blocked"), 1, 1)
 
 
@@ -253,3 +261,60 @@ def test_a_run_is_enqueued_for_the_version_that_is_asked_for(lab: Lab, client: C
         assert (info.version, info.input) == (version, given)
         name = lab.one("select name from stepwell.tasks where run_id = %s", run.id)
         assert name == (f"flow@{version}" if version else "flow")
+
+
+def test_the_run_that_enqueue_returns_stands_for_its_id(client: Client) -> None:
+    run = client.enqueue("w")
+    assert client.get(run).id == run.id
+    assert (client.state(run), client.progress(run), client.history(run)) == ({}, None, [])
+    assert list(client.stream(run, follow=False)) == []
+    assert [each.kind for each in client.tasks(run)] == ["run"]
+    assert client.why(run) is not None
+    assert client.signal(run, "go")
+    assert client.pause(run)
+    assert client.resume(run)
+    assert list(client.change("cancel", [run])) == [run.id]
+    assert client.cancel(run.info())
+    assert client.list(before=run) == []
+    with pytest.raises(ResultTimeout):
+        client.result(run, 0)
+    for other in (object(), 7, "7"):
+        with pytest.raises(RunNotFound):
+            client.get(other)  # type: ignore[arg-type]
+
+
+def test_a_run_is_mended_by_its_handle(lab: Lab, client: Client, worker: Worker) -> None:
+    run = client.enqueue("w", key=1)
+    held = worker.take()
+    worker.apply(
+        held, held.finish(outcome_of(held, 1, "completed"), outcome_of(held, 2, "held"), state="blocked")
+    )
+    assert run.resolve(2, "done") == 1
+    assert run.pause()
+    assert run.rewind(2) == 2
+    held = worker.take()
+    worker.apply(held, held.finish(outcome_of(held, 2, "failed"), state="failed"))
+    assert run.retry() == 3
+    with pytest.raises(RunConflict):
+        run.retry()
+    forked = run.fork(2, input={"x": 1})
+    assert (forked.created, forked.workflow) == (True, "w")
+    assert forked.info().input == {"x": 1}
+
+
+async def test_the_handle_of_the_asynchronous_client_does_the_same(lab: Lab, worker: Worker) -> None:
+    async with AsyncClient(lab.url) as client:
+        run = await client.enqueue("w")
+        held = worker.take()
+        worker.apply(
+            held, held.finish(outcome_of(held, 1, "completed"), outcome_of(held, 2, "held"), state="blocked")
+        )
+        assert (await client.state(run), await client.progress(run)) == ({}, None)
+        assert [each async for each in client.stream(run, follow=False)] == []
+        assert await run.resolve(2, "done") == 1
+        assert await client.pause(run)
+        assert await run.rewind(1) == 2
+        held = worker.take()
+        worker.apply(held, held.finish(outcome_of(held, 1, "failed"), state="failed"))
+        assert await run.retry() == 3
+        assert (await (await run.fork(1)).info()).workflow == "w"

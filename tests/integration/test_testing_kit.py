@@ -472,7 +472,7 @@ def test_settings_are_those_of_a_worker(database_url: str) -> None:
     with StepwellTest(database_url, registry=REGISTRY, max_payload_bytes=10) as small:
         run = small.enqueue(welcome, Lead(100))
         small.run_until_idle()
-        with pytest.raises(RunFailed, match="bytes"):
+        with pytest.raises(RunBlocked, match="max_payload_bytes"):
             run.result()
     with pytest.raises(TypeError, match="no_such_setting"):
         StepwellTest(database_url, no_such_setting=1)

@@ -14,7 +14,17 @@ from tests.security.members import Db, Member, member_of
 PINNED = "search_path=pg_catalog, stepwell, pg_temp"
 
 UNPINNED = frozenset(
-    {"new_id", "claimed_as", "at_or_after", "comes_after", "poisoned", "beyond", "forgotten_fault"}
+    {
+        "new_id",
+        "claimed_as",
+        "at_or_after",
+        "comes_after",
+        "poisoned",
+        "beyond",
+        "forgotten_fault",
+        "size_of",
+        "fits",
+    }
 )
 """One expression each, of what pg_catalog has. Called by the others, they are read by the path of these."""
 

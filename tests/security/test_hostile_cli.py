@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import psycopg
 import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given
@@ -192,6 +195,143 @@ def rows(stepwell: Run, db: Db, file: Path, content: bytes) -> None:
     assert after[0] - before[0] == summary["enqueued"]
     if summary["rejected"]:
         assert Path(summary["rejects_file"]).exists()
+
+
+# -- what was recorded, from the database and from files -------------------------------------------------
+
+APP = """
+from typing import Any
+from worker import workflow
+
+@workflow(name="recorded")
+async def recorded(a: Any = None) -> Any:
+    return a
+"""
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("app") / "hostile_recorded.py"
+    file.write_text(APP)
+    return str(file)
+
+
+DEEP = [f"{'[' * levels}{']' * levels}" for levels in (900, 1_100, 1_500, 5_500)]
+
+
+def test_runs_with_any_input_are_exported_and_rehearsed(
+    stepwell: Run, shared_db: Db, app: str, tmp_path: Path
+) -> None:
+    """From the database as from the file: as many are told of, and each by itself."""
+    count = 0
+    for text in [*JSON_TEXTS, *DEEP]:
+        try:
+            shared_db.execute("select stepwell.enqueue('recorded', %s)", [f'{{"a":{text}}}'])
+        except psycopg.Error:
+            continue  # what Postgres does not take
+        count += 1
+    exported = stepwell("runs", "export", "--workflow", "recorded", "--output", "all.jsonl")
+    assert exported.exit_code == 0
+    lines = (tmp_path / "all.jsonl").read_bytes().splitlines()
+    assert len(lines) == count
+    from_database = stepwell("replay", app, "--workflow", "recorded", "--json")
+    assert from_database.exit_code == 1
+    assert json.loads(from_database.stdout)["replayed"] == count
+    assert json.loads(from_database.stdout)["mismatches"]
+    unreadable = 0
+    for line in lines:
+        (tmp_path / "one.jsonl").write_bytes(line)
+        result = stepwell("replay", app, "--file", "one.jsonl", "--json")
+        if result.exit_code == 2:
+            unreadable += 1
+            assert "one.jsonl, line 1: this is no exported run" in result.stderr
+            with pytest.raises((msgspec.DecodeError, RecursionError)):
+                msgspec.json.decode(line)
+        else:
+            assert json.loads(result.stdout)["replayed"] == 1
+    assert unreadable >= 1
+
+
+_fields = st.fixed_dictionaries(
+    {},
+    optional={
+        "id": st.just('"01a22080-3091-762d-9646-d7b84f6c6521"') | json_texts,
+        "workflow": st.just('"recorded"') | json_texts,
+        "state": st.just('"open"') | json_texts,
+        "created_at": st.just('"2026-01-02T03:04:05Z"') | json_texts,
+        "input": json_texts.map(lambda text: f'{{"a":{text}}}') | json_texts,
+        "labels": json_texts,
+        "epoch": json_texts,
+        "seed": json_texts,
+        "history": st.just("[]") | json_texts | json_texts.map(
+            lambda text: '[{"path":[1],"n":0,"kind":"epoch","name":"x","outcome":"rewind","seq":1,'
+            f'"at":"2026-01-02T03:04:05Z","value":{text},"error":{{"type":"x","data":{text}}}}}]'
+        ),
+    },
+)  # fmt: skip
+_KNOWN = {
+    "id": '"01a22080-3091-762d-9646-d7b84f6c6521"', "workflow": '"recorded"', "state": '"open"',
+    "created_at": '"2026-01-02T03:04:05Z"', "input": "{}", "history": "[]",
+}  # fmt: skip
+_lines = (
+    _fields.map(lambda fields: {**_KNOWN, **fields}).map(
+        lambda fields: "{" + ",".join(f'"{name}":{text}' for name, text in fields.items()) + "}"
+    )
+    | json_texts
+    | texts.filter(lambda text: "\n" not in text)
+)
+
+
+@bounded(80)
+@given(lines=st.lists(_lines.map(lambda t: t.encode("utf-8", "surrogatepass")), min_size=1, max_size=2))
+def test_any_file_is_rehearsed_or_told_by_its_line(
+    stepwell: Run, app: str, tmp_path: Path, lines: list[bytes]
+) -> None:
+    (tmp_path / "any.jsonl").write_bytes(b"\n".join(lines))
+    result = stepwell("replay", app, "--file", "any.jsonl")
+    if result.exit_code == 2:
+        assert "any.jsonl, line " in result.stderr
+
+
+def test_a_file_that_is_no_text_is_told_by_its_line(stepwell: Run, app: str, tmp_path: Path) -> None:
+    for raw in (b"\xff\xfe\x00", b'{"a":"\xff"}', *(f'{{"a":{text}}}'.encode() for text in DEEP)):
+        known = ",".join(f'"{name}":{text}' for name, text in {**_KNOWN, "input": ""}.items() if text)
+        (tmp_path / "raw.jsonl").write_bytes(f"{{{known}".encode() + b',"input":' + raw + b"}")
+        result = stepwell("replay", app, "--file", "raw.jsonl")
+        assert result.exit_code == 2 or raw.count(b"[") == 900
+        if result.exit_code == 2:
+            assert "raw.jsonl, line 1: this is no exported run" in result.stderr
+
+
+@bounded(25)
+@given(text=arguments)
+def test_any_key_is_forgotten_or_refused(stepwell: Run, shared_db: Db, text: str) -> None:
+    before = counted(shared_db)
+    for command in (
+        ("forget", f"--key={text}", "--dry-run", "--json"),
+        ("forget", f"--key={text}", f"--workflow={text}", "--dry-run"),
+    ):
+        result = stepwell(*command)
+        assert result.exit_code in (0, 2)
+    asked = stepwell("forget", "--key", "-", input=f"{text}\n".encode("utf-8", "surrogateescape"))
+    assert asked.exit_code in (0, 1, 2)
+    assert counted(shared_db) == before
+
+
+def test_whatever_looks_sealed_is_counted_by_its_key_or_not_at_all(stepwell: Run, shared_db: Db) -> None:
+    for text in [*JSON_TEXTS, *DEEP]:
+        with contextlib.suppress(psycopg.Error):
+            shared_db.execute("select stepwell.enqueue('sealed', %s)", [f'{{"stepwell:sealed":{text}}}'])
+            shared_db.execute("select stepwell.enqueue('sealed', %s)", [f'{{"a":{text}}}'])
+    for name in ("k", "\x1b[2J", "\u202e", "[bold]", "a" * 5_000):
+        sealed = json.dumps({"stepwell:sealed": {"k": name, "d": "AA=="}})
+        shared_db.execute("select stepwell.enqueue('sealed', %s)", [sealed])
+    shown = stepwell("encryption", "status", "--json")
+    assert shown.exit_code == 0
+    found = {each["key"] for each in json.loads(shown.stdout)["keys"]}
+    assert found >= {"k", "1"}
+    assert not found & {"\x1b[2J", "\u202e", "[bold]"}
+    assert stepwell("encryption", "status").exit_code == 0
 
 
 # -- what is shown -------------------------------------------------------------------------------------

@@ -288,6 +288,30 @@ async def test_a_body_that_raises_what_cannot_be_told_fails_its_run_alone(
         assert not running.task.done()
 
 
+async def test_the_class_of_an_error_forges_no_line_of_the_log(
+    lab: Lab, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its name is what the log has of it, and a step may have made it of what came in."""
+    with collecting() as registry:
+
+        @step
+        async def fails(text: str) -> None:
+            raise type(text, (Exception,), {})
+
+        @workflow
+        async def failing(text: str) -> None:
+            await fails(text)
+
+    name = "X\n2026-11-28 00:00:00,000 CRITICAL 1 root: FORGED\x1b[2J\u202e"
+    with caplog.at_level("DEBUG"):
+        async with lab.engine(registry):
+            ended = await lab.ended(await lab.enqueue(failing, {"text": name}))
+    assert ended.error["type"].isprintable()
+    told = [record.getMessage() for record in caplog.records]
+    assert [said for said in told if "FORGED" in said], "the log names the class"
+    assert all(said.isprintable() for said in told)
+
+
 async def test_states_and_streams_take_any_text_as_a_value_and_refuse_it_as_a_name(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:

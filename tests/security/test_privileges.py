@@ -26,6 +26,7 @@ INTERNAL = frozenset(
     {
         "new_id", "ring", "claimed_as", "wake", "standing", "undone", "at_or_after", "reopen", "has_come_to",
         "comes_after", "resume_calls", "noted_cancelled", "beyond", "family_of", "refuse_forgotten", "forgotten_fault", "poisoned", "has_mail",
+        "size_of", "fits",
     }
 )  # fmt: skip
 """What the others are made of."""
@@ -39,7 +40,7 @@ TABLES = frozenset(
         "doorbell", "migrations",
     }
 )  # fmt: skip
-VIEWS = frozenset({"run_status"})
+VIEWS = frozenset({"run_status", "supervised"})
 SEQUENCES = frozenset({"turns", "tasks_id_seq", "signals_id_seq"})
 
 READ_BY_PRODUCERS = frozenset({"workflows"})

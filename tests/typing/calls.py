@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session
 from tenacity import retry_if_exception_type, stop_after_attempt, stop_after_delay, wait_exponential_jitter
 
+from outbox import AsyncClient, AsyncRun, Client, Progress, Run
 from worker import (
     NOT_DONE,
     Step,
@@ -225,3 +226,23 @@ def check(lead: Lead) -> None:
     steps: list[Step[Any, Any]] = [send, score, save, save_async]
     workflows: list[Workflow[Any, Any]] = [welcome, welcome_in_a_def]
     assert steps, (workflows, named, coroutine)
+
+
+# Whatever takes a run takes its handle.
+
+
+def handles(client: Client) -> None:
+    run: Run[int] = client.enqueue(welcome, Lead(1))
+    assert_type(run.fork(2), Run[int])
+    assert_type(client.state(run), dict[str, Any])
+    assert_type(client.progress(run.info()), Progress | None)
+    assert_type(client.fork(str(run.id), 1), UUID)
+    assert_type([item.name for item in client.stream(run)], list[str])
+    assert_type(list(client.change("retry", [run, run.id])), list[UUID])
+
+
+async def handles_async(client: AsyncClient) -> None:
+    run: AsyncRun[int] = await client.enqueue(welcome, Lead(1))
+    assert_type(await run.fork(2), AsyncRun[int])
+    assert_type(await client.state(run), dict[str, Any])
+    assert_type(await client.retry(run), int)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
 
+from outbox import Client
 from worker import step, transaction, workflow
 
 
@@ -41,6 +42,8 @@ async def welcome(lead: Lead, session: Session) -> None:
     save("ada")  # refused
     number: int = await send(lead)  # refused
     assert number
+    Client().state(17)  # refused
+    Client().state(welcome)  # refused
 
 
 step(timeout="5")  # refused

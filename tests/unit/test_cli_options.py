@@ -37,6 +37,11 @@ def test_durations_are_seconds_or_have_a_unit(text: str, seconds: float) -> None
     assert duration(ANY, ANY, text) == seconds
 
 
+def test_the_option_that_ps_shows_says_so() -> None:
+    said = " ".join(CliRunner().invoke(main, ["runs", "list", "--help"]).output.split())
+    assert "`ps` shows options to everybody: give an address with a password by STEPWELL_DATABASE_URL" in said
+
+
 @pytest.mark.parametrize("text", ["", "soon", "-1", "1w", "1h30m", "inf", "nan", "1e3"])
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match="is no duration"):

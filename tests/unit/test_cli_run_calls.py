@@ -9,8 +9,10 @@ import pytest
 
 from outbox.history import HistoryRecord, TaskInfo
 from tests.unit.test_cli_rendering import RUN, after, drawn, record, run_info, task
+from worker.cli.rendering import moment_text
 from worker.cli.run_calls import LISTED, NOTABLE, call_rows
 from worker.cli.run_details import Child, Details
+from worker.cli.run_list import run_table
 from worker.cli.run_view import run_view
 
 OPEN = run_info(status="waiting", finished_at=None, output=None)
@@ -126,6 +128,48 @@ def test_a_child_is_shown_until_its_result_is_and_with_it() -> None:
     ]
     taken = record(1, (1,), "pack", 1, kind="child", value={"boxes": 2})
     assert lines([taken], [], child) == [f'1     |child pack|completed|{{"boxes": 2}}  run {CHILD}']
+
+
+def test_a_child_that_was_begun_stands_where_it_was_begun() -> None:
+    child = Child(CHILD, "report", "running", (2,), after(1.5))
+    history = [record(1, (1,), "a", 1), record(2, (3,), "b", 2), record(3, (), "w", 3, kind="cancel", n=2)]
+    shown = f"2     |child report|running|run {CHILD}"
+    assert [line.split("|")[1] for line in lines(history, [], child)] == [
+        "a",
+        "child report",
+        "b",
+        "(cancel)",
+    ]
+    assert lines(history[:1], [], child)[-1] == shown
+    assert lines([], [], child) == [shown]
+    # It was made before the retry, and stands in the part of that time.
+    opened = record(4, (), "w", 4, kind="epoch", n=1, outcome="retry", epoch=1)
+    later = record(5, (3,), "b", 5, epoch=1)
+    found = [line.split("|")[1] for line in lines([history[0], opened, later], [], child)]
+    assert found == ["a", "child report", "(retry)", "b"]
+
+
+def test_after_a_rewind_the_record_of_a_child_does_not_show_the_new_one() -> None:
+    taken = record(1, (1,), "pack", 1, kind="child", value=1)
+    rewound = record(2, (), "w", 2, kind="epoch", n=1, outcome="rewind", epoch=1, value={"to": [1]})
+    anew = Child(CHILD, "pack", "running", (1,), after(3))
+    found = lines([taken, rewound], [], anew)
+    assert found[0] == "1     |child pack|completed|1"
+    assert found[2] == f"1     |child pack|running|run {CHILD}"
+    again = record(3, (1,), "pack", 4, kind="child", value=2, epoch=1)
+    assert lines([taken, rewound, again], [], anew)[2:] == [f"1     |child pack|completed|2  run {CHILD}"]
+
+
+def test_a_fork_was_created_when_it_was_made() -> None:
+    made = after(60)
+    fork = UUID(int=int(made.timestamp() * 1000) << 80 | 7 << 76 | 2 << 62)
+    info = run_info(id=fork, started_at=after(60.5), finished_at=after(61))
+    opened = record(2, (), "w", 60, kind="epoch", n=1, outcome="fork", epoch=1)
+    view = drawn(run_view(Details(info, [record(1, (1,), "a", 5), opened, record(3, (2,), "b", 61)], [])))
+    assert f"created {moment_text(made)} · started after 500 ms" in view
+    assert moment_text(made) in run_table([info]).plain
+    first = next(row for row in call_rows(info, [record(1, (1,), "a", 5), opened], []))
+    assert first.took == ""
 
 
 def test_a_large_join_is_a_line_with_numbers_and_what_somebody_may_have_to_look_at() -> None:

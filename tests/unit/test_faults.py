@@ -162,3 +162,25 @@ def test_a_class_says_before_it_is_used_whether_it_can_be_rebuilt() -> None:
     assert not has_encodable_form(ValueError)
     with pytest.raises(ConfigError, match="field 'thing' of the exception `Holding`"):
         has_encodable_form(Holding)
+
+
+FORGED = "X\n2026-11-28 00:00:00,000 CRITICAL 1 root: FORGED\x1b[2J\u202e"
+
+
+def test_the_name_of_a_class_forges_no_line_of_a_log_and_drives_no_terminal() -> None:
+    """A step may make a class of what came in. The name is what logs have of an error."""
+    for error in (type(FORGED, (Exception,), {})("x"), StepFailed(FORGED, "x")):
+        name = encode_fault(error)["type"]
+        assert name.isprintable()
+        assert name.endswith(r"X\n2026-11-28 00:00:00,000 CRITICAL 1 root: FORGED\x1b[2J\u202e")
+
+
+def test_a_class_whose_name_is_spelled_out_is_rebuilt_as_any_other() -> None:
+    cls = type(FORGED, (Rejected,), {})
+    rebuilt = decode_fault(encode_fault(cls(3), (cls,)), (cls,))
+    assert type(rebuilt) is cls
+
+
+def test_names_of_all_scripts_stay_as_they_are() -> None:
+    cls = type("Überweisung拒否", (Exception,), {})
+    assert encode_fault(cls())["type"].endswith(".Überweisung拒否")

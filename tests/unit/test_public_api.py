@@ -55,11 +55,15 @@ CLIENT = {
 
 RUN = {
     "cancel": "",
+    "fork": "path, input, version",
     "info": "",
     "pause": "",
     "progress": "",
+    "resolve": "path, value, error",
     "result": "timeout",
     "resume": "",
+    "retry": "",
+    "rewind": "path",
     "signal": "name, payload, tx",
     "state": "",
     "stream": "name, after, follow, timeout",

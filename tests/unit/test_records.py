@@ -114,6 +114,22 @@ def test_a_fresh_start_forgets_everything_and_a_fork_nothing():
         assert [path for path, *_ in shown([*history, opening])] == left
 
 
+def test_what_is_said_anew_of_a_step_voids_what_was_said_before_and_its_executions_stand():
+    history = [
+        record(1, "a", value=1, seq=1),
+        record(2, "b", n=1, outcome="interrupted", seq=2),
+        end(3),
+        retry(4),
+        record(2, "b", value=17, seq=5, epoch=1),
+        end(6, 1),
+    ]
+    opening = record((), "flow", kind="epoch", n=1, outcome="resolve", value={"at": [2]}, seq=7, epoch=2)
+    left = [("1", 0, "completed"), ("2", 1, "interrupted")]
+    assert shown([*history, opening]) == left
+    anew = record(2, "b", value="17", seq=8, epoch=2)
+    assert shown([*history, opening, anew]) == [*left, ("2", 0, "completed")]
+
+
 def test_a_retry_voids_a_cancellation_and_what_the_body_did_to_clean_up():
     history = [
         record(1, "a", value=1, seq=1),

@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outbox.codec import encode
+from outbox.errors import HistoryMismatch, Suspended
 from tests.unit.drives import CREATED, FACTS, Run, record
 from worker import sleep, step, workflow
 from worker.definitions import Workflow
-from worker.replay.decisions import Finish
+from worker.replay.decisions import DoStep, Finish
+from worker.replay.driver import Replay
 from worker.replay.records import Record
 from worker.replay.rehearsal import Mismatch, RecordedCall, RecordedRun, rehearse
 
@@ -106,6 +108,82 @@ def test_an_epoch_of_an_unknown_kind_is_a_mismatch(finished: RecordedRun) -> Non
     mismatch = rehearse(msgspec.structs.replace(finished, history=[*finished.history, epoch]), sums)
     assert mismatch is not None
     assert mismatch.got == "later"
+
+
+async def drifting(n: int) -> int:
+    return await two(await one(n + 1) + 1)
+
+
+async def drifting_and_shorter(n: int) -> int:
+    return await one(n + 1)
+
+
+def test_other_arguments_would_drift_and_both_fingerprints_are_told(finished: RecordedRun) -> None:
+    mismatch = rehearse(finished, changed(drifting))
+    assert mismatch is not None
+    assert (mismatch.drift, mismatch.reason) == (True, "would drift")
+    first = finished.history[0].fingerprint
+    assert first is not None
+    call = f"step {one.name} at 1, arguments #"
+    assert mismatch.expected == f"{call}{first & (1 << 64) - 1:016x}"
+    assert mismatch.got is not None
+    assert mismatch.got.startswith(call)
+    assert mismatch.got != mismatch.expected
+    assert mismatch.arguments == '{"n":6}'
+    line = drifting.__code__.co_firstlineno + 1
+    assert f"test_rehearsal.py:{line}: " in mismatch.message
+    assert "other arguments; so does it in 1 later call" in mismatch.message
+
+
+def test_a_drift_in_a_step_that_is_to_be_executed_again_is_told() -> None:
+    run = Run(sums, n=5)
+    asked = run.start()
+    assert isinstance(asked, DoStep)
+    run.history.append(record(1, one.name, n=1, outcome="interrupted", fingerprint=asked.fingerprint, seq=1))
+    mismatch = rehearse(recorded(run, "open"), changed(drifting))
+    assert mismatch is not None
+    assert mismatch.drift
+    assert rehearse(recorded(run, "open"), sums) is None
+
+
+def test_a_run_that_drifts_and_would_be_blocked_is_told_as_blocked(finished: RecordedRun) -> None:
+    mismatch = rehearse(finished, changed(drifting_and_shorter))
+    assert mismatch is not None
+    assert (mismatch.drift, mismatch.reason) == (False, "history mismatch")
+    assert mismatch.expected == f"step {two.name} at 2 (completed)"
+
+
+def test_a_drift_blocks_a_strict_workflow(finished: RecordedRun) -> None:
+    mismatch = rehearse(finished, Workflow(drifting, "sums", strict=True))
+    assert mismatch is not None
+    assert (mismatch.drift, mismatch.reason) == (False, "history mismatch")
+
+
+@pytest.mark.parametrize(
+    "error", [Suspended("elsewhere"), HistoryMismatch("left over", expected="a", got="b"), ValueError("bad")]
+)
+def test_whatever_comes_out_of_a_drive_is_a_mismatch_of_its_run(
+    finished: RecordedRun, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Replay, "close", fail)
+    mismatch = rehearse(finished, sums)
+    assert mismatch is not None
+    assert not mismatch.drift
+    assert str(error) in mismatch.message
+
+
+def test_an_interruption_from_the_terminal_is_none(
+    finished: RecordedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Replay, "close", fail)
+    with pytest.raises(KeyboardInterrupt):
+        rehearse(finished, sums)
 
 
 JSON = st.recursive(

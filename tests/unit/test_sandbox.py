@@ -22,7 +22,10 @@ from outbox.errors import Suspended
 from tests.unit.drives import Run
 from worker.context import current_drive, sleep, wait
 from worker.definitions import collecting, step, workflow
+from worker.engine import sandbox
 from worker.engine.sandbox import Sandbox
+from worker.lint import RULES, library
+from worker.parallel import first, gather
 from worker.replay.decisions import Block, Finish
 
 SANDBOX = Sandbox()
@@ -124,6 +127,26 @@ async def _lock() -> None:
         await tick()
 
 
+async def _joined() -> None:
+    await gather(asyncio.sleep(1))
+
+
+async def _joined_deep() -> None:
+    await gather(tick(), gather(tick(), asyncio.Event().wait()))
+
+
+async def _inner() -> None:
+    await gather(tick(), asyncio.sleep(1))
+
+
+async def _joined_below() -> None:
+    await gather(tick(), _inner())
+
+
+async def _first_of() -> None:
+    await first(sleep(1), asyncio.sleep(0))
+
+
 ASYNC_BODIES = {
     _fetch: "_fetch",
     _asyncio_sleep: "asyncio.sleep",
@@ -133,12 +156,12 @@ ASYNC_BODIES = {
     _wait_for: "asyncio.wait_for",
     _create_task: "asyncio.create_task",
     _gather: "asyncio.gather",
-    _task_group: "asyncio.taskgroup",
+    _task_group: "asyncio.TaskGroup",
     _to_thread: "asyncio.to_thread",
     _run_in_executor: "run_in_executor",
     _loop_time: "(time)",
     _future: "the event loop",
-    _event: "asyncio.event",
+    _event: "asyncio.Event",
     _current_task: "asyncio.current_task",
     _lock: "asyncio.timeout",
 }
@@ -160,7 +183,21 @@ class TestAsyncio:
     def test_messages_say_what_to_do_instead(self):
         assert "sleep(…) of Stepwell" in blocked(_asyncio_sleep)
         assert "@step(timeout=…)" in blocked(_timeout)
-        assert "do it in a @step" in blocked(_create_task)
+        assert "use gather(…) of Stepwell" in blocked(_create_task)
+        assert "do it in a @step" in blocked(_future)
+
+    @pytest.mark.parametrize("name", sandbox._INSTEAD)
+    def test_they_say_what_the_check_of_the_source_says(self, name: str):
+        assert library.instead_of(name, RULES["asyncio"]) == sandbox._INSTEAD[name]
+
+    @pytest.mark.parametrize(
+        "body", [_joined, _joined_deep, _joined_below, _first_of], ids=lambda b: b.__name__
+    )
+    def test_a_branch_that_is_none_of_the_users_code_names_the_line_where_it_is_joined(
+        self, body: Callable[[], Any]
+    ):
+        line = (_inner if body is _joined_below else body).__code__.co_firstlineno + 1
+        assert blocked(body).startswith(f"{__file__}:{line}: ")
 
     def test_a_body_that_swallows_the_exception_is_blocked_all_the_same(self):
         async def swallows() -> int:

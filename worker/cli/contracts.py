@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ import psycopg
 
 from outbox.codec import decode, encode
 from outbox.errors import PayloadError, UnknownWorkflow
+from outbox.history import HistoryRecord
 from outbox.invocations import parameters_of
 from outbox.payloads import decoder_of, read
 from outbox.rows import input_of_row
@@ -114,6 +115,21 @@ def contract_for(
     if versions:
         raise UnknownWorkflow(_unknown_version(workflow, version, sorted(versions), app))
     raise UnknownWorkflow(_unknown(workflow, sorted({each.name for each in known}), app))
+
+
+def check_result(app: str, history: Sequence[HistoryRecord], path: Sequence[int], value: Any) -> None:
+    """Check what is said of the step that a history has at a path by the step of APP. Raises PayloadError, Mistake."""
+    from worker.apps import load_app
+
+    name = next((each.name for each in history if each.kind == "step" and each.path == tuple(path)), None)
+    steps = load_app(app).steps.values()
+    known = {each.name: each for step in steps for each in (step, step.undo) if each is not None}
+    if name is None:
+        return  # the database says what is at that path
+    if name not in known:
+        raise Mistake(f"{app} defines no step called {name!r}, by which the value could be checked")
+    where = f"the value of step {name!r}"
+    known[name].signature.decode_result(encode(value, where=where, max_bytes=sys.maxsize), where=where)
 
 
 def _of_app(app: str) -> list[Contract]:

@@ -66,8 +66,8 @@ def forget(
     """Erase what came in under KEY, and what was made of it. It does not come back.
 
     Of the runs of this key, of all that these have called, and of the forks of any of them: inputs, results, what their
-    steps returned, messages of errors, signals, state and streams, labels and lanes, and the key itself, which is free
-    again. What happened stays: names, outcomes, times. Such a run cannot go on, be retried or forked.
+    steps returned, messages of errors, signals, state and streams, labels, lanes and tenants, and the key itself, which is
+    free again. What happened stays: names, outcomes, times. Such a run cannot go on, be retried or forked.
     """
     key = given_text(key).rstrip("\r\n")
     with session(settings) as opened:

@@ -25,7 +25,8 @@ def database_option(command: Callable[..., Any]) -> Callable[..., Any]:
     option = click.option(
         "--database-url",
         metavar="URL",
-        help="Where Postgres is.  [default: STEPWELL_DATABASE_URL, else an embedded one in .stepwell]",
+        help="Where Postgres is. `ps` shows options to everybody: give an address with a password by "
+        "STEPWELL_DATABASE_URL.  [default: STEPWELL_DATABASE_URL, else an embedded one in .stepwell]",
     )
     return option(with_settings)
 

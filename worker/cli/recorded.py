@@ -19,10 +19,11 @@ def from_file(file: Path) -> Iterator[RecordedRun]:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
-                    yield _LINE.decode(line)
-                except msgspec.MsgspecError as error:
+                    yield _LINE.decode(line.decode())  # msgspec does not look into what it leaves raw
+                except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+                    why = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
                     raise Mistake(
-                        f"{file}, line {number}: this is no exported run ({one_line(error)}); "
+                        f"{file}, line {number}: this is no exported run ({why}); "
                         "write the file with `stepwell runs export`"
                     ) from None
 
@@ -45,5 +46,5 @@ def to_file(runs: Iterable[RecordedRun], file: Path) -> int:
 
 
 def line_of(run: RecordedRun) -> bytes:
-    """Return one line of an export."""
-    return msgspec.json.encode(run) + b"\n"
+    """Return one line of an export. Who enqueues by SQL may have broken the lines of an input: there they are but space."""
+    return msgspec.json.encode(run).replace(b"\r", b" ").replace(b"\n", b" ") + b"\n"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import click
@@ -19,13 +19,14 @@ from rich.table import Table
 from rich.text import Text
 
 from outbox.exchange import Progress
-from outbox.history import dotted
+from outbox.history import RunInfo, dotted
 from outbox.sealing import Sealed
 from worker.cli.mistakes import KEPT, spelled_out
 
 _PIPED_COLUMNS = 160
 _LONGEST_VALUE = 80
 _BAR = 24
+_LATER = timedelta(seconds=1)
 
 _STYLES = {
     "pending": "cyan",
@@ -106,6 +107,14 @@ def one_line(text: str) -> str:
 def plain(text: str, style: str = "") -> Text:
     """Return `text` with control and other invisible characters spelled out."""
     return Text(spelled_out(text), style=style)
+
+
+def made_at(run: RunInfo) -> datetime:
+    """Return when a run was made. A fork begins when the run began that it was made of; its id has its own time."""
+    if run.id.version != 7:
+        return run.created_at
+    drawn = datetime.fromtimestamp((run.id.int >> 80) / 1000, UTC)
+    return drawn if drawn - run.created_at > _LATER else run.created_at
 
 
 def moment_text(moment: datetime) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,37 +13,21 @@ from uuid import UUID
 import click
 
 from outbox.errors import RunConflict
-from outbox.repairs import Action
+from outbox.outcomes import FORGOTTEN
+from outbox.repairs import Action, call_path
 from outbox.settings import Settings
 from worker.cli.connecting import Session, session
+from worker.cli.contracts import check_result, contract_for
 from worker.cli.json_text import read_json
 from worker.cli.mistakes import FAILED, Mistake, one_line, spelled_out
-from worker.cli.options import database_option, duration, json_option
+from worker.cli.options import database_option, json_option
 from worker.cli.rendering import print_json
 from worker.cli.run_ids import resolved
+from worker.cli.selection import Selection, selecting_options
 
 _EXAMPLES = 5
 _LONGEST_ERROR = 80
 _OPEN = ("pending", "running", "waiting")
-
-
-@dataclass(frozen=True, slots=True)
-class _Selection:
-    """Which runs of many are meant. `statuses`: those that the action can change, or the one that was asked for."""
-
-    statuses: Sequence[str]
-    workflow: str | None
-    error_like: str | None
-    since: float | None
-
-    def find(self, opened: Session) -> list[UUID]:
-        """Return their ids, the oldest first."""
-        found: set[UUID] = set()
-        for status in self.statuses:
-            found.update(
-                opened.client.find(self.workflow, status, error_like=self.error_like, since=self.since)
-            )
-        return sorted(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +65,13 @@ def _selecting(deed: _Deed) -> Callable[[Callable[..., None]], click.Command]:
                 _each(settings, run, deed, as_json)
                 return
             statuses = deed.statuses if status is None else (status,)
-            _all(settings, _Selection(statuses, workflow, error_like, since), deed, as_json, **asked)
+            _all(settings, Selection(statuses, workflow, error_like, since), deed, as_json, **asked)
 
-        for option in (
-            click.option("--dry-run", is_flag=True, help="Only say how many runs are meant, and show some."),
-            click.option("--yes", is_flag=True, help="Do not ask."),
-            click.option(
-                "--since", callback=duration, metavar="TIME", help="Runs enqueued in this time: 2d."
-            ),
-            click.option("--error-like", metavar="TEXT", help="Runs whose error contains this text."),
-            click.option("--status", type=click.Choice(deed.statuses), help="Runs in this status."),
-            click.option("--workflow", help="Runs of this workflow."),
-        ):
-            option(command)
+        click.option("--dry-run", is_flag=True, help="Only say how many runs are meant, and show some.")(
+            command
+        )
+        click.option("--yes", is_flag=True, help="Do not ask.")(command)
+        selecting_options(deed.statuses)(command)
         with_database = database_option(json_option(command))
         return click.command(deed.action)(click.argument("run", nargs=-1)(with_database))
 
@@ -158,25 +137,68 @@ def resume_runs() -> None:
 @click.option("--from", "path", required=True, metavar="PATH", help="The call that is made anew: 3, 3.1.2.")
 @click.option("--input", "input_text", metavar="JSON", help="Another input object; - reads it from stdin.")
 @click.option("--version", help="Another version of the workflow.")
+@click.option(
+    "--app", metavar="APP", help="Check by this module or file, not by what workers have published."
+)
+@click.option(
+    "--allow-unknown",
+    is_flag=True,
+    help="Fork even if nobody knows the workflow in this version; it is not checked.",
+)
 @json_option
 @database_option
 def fork_run(
-    settings: Settings, run: str, path: str, input_text: str | None, version: str | None, as_json: bool
+    settings: Settings,
+    run: str,
+    path: str,
+    input_text: str | None,
+    version: str | None,
+    app: str | None,
+    allow_unknown: bool,
+    as_json: bool,
 ) -> None:
     """Make a new run of what happened in RUN before a call, which goes on from there; print its id.
 
-    RUN is left as it is. The steps of the new run have idempotency keys of their own.
+    RUN is left as it is. The steps of the new run have idempotency keys of their own. Another input, and another version,
+    are checked as `stepwell enqueue` checks them.
     """
     given = None if input_text is None else read_json(input_text, "the input")
     if given is not None and not isinstance(given, dict):
         raise Mistake('the input must be an object, parameter name to value, as {"lead": …}')
     with session(settings) as opened:
         of = resolved(opened, run)
+        if given is not None or version is not None:
+            _check_fork(opened, of, given, version, app=app, allow_unknown=allow_unknown)
         made = opened.client.fork(of, path, input=given, version=version)
     if as_json:
         print_json({"id": str(made), "of": str(of)})
     else:
         click.echo(str(made))
+
+
+def _check_fork(
+    opened: Session,
+    of: UUID,
+    given: Mapping[str, Any] | None,
+    version: str | None,
+    *,
+    app: str | None,
+    allow_unknown: bool,
+) -> None:
+    """Check what a fork has that its run has not. Raises UnknownWorkflow, PayloadError."""
+    info = opened.client.get(of)
+    taken_over: Any = info.input  # which is sealed where its key is not here
+    contract = contract_for(
+        info.workflow,
+        opened.connection,
+        app=app,
+        allow_unknown=allow_unknown,
+        version=version or info.version,
+    )
+    if given is not None:
+        contract.checked(given, f"input of workflow {info.workflow!r}")
+    elif isinstance(taken_over, dict) and taken_over != json.loads(FORGOTTEN):
+        contract.checked(taken_over, f"the input of run {of}")
 
 
 @click.command("rewind")
@@ -203,12 +225,23 @@ def rewind_run(settings: Settings, run: str, path: str, as_json: bool) -> None:
     "--value", metavar="JSON", help="The step has completed with this result; - reads it from stdin."
 )
 @click.option("--error", metavar="TEXT", help="The step has failed, with this message.")
+@click.option("--app", metavar="APP", help="Check the value by the step of this module or file.")
 @json_option
 @database_option
 def resolve_step(
-    settings: Settings, run: str, path: str, value: str | None, error: str | None, as_json: bool
+    settings: Settings,
+    run: str,
+    path: str,
+    value: str | None,
+    error: str | None,
+    app: str | None,
+    as_json: bool,
 ) -> None:
-    """Say how the step at PATH of RUN ended, which is held or has failed, and have RUN go on."""
+    """Say how the step at PATH of RUN ended, which is held or has failed, and have RUN go on.
+
+    What was said here and is wrong can be said otherwise, as long as RUN is blocked or has failed without having gone on
+    from there.
+    """
     if (value is None) == (error is None):
         raise Mistake("give --value or --error: how has the step ended?")
     result = (
@@ -216,6 +249,8 @@ def resolve_step(
     )
     with session(settings) as opened:
         found = resolved(opened, run)
+        if app is not None and value is not None:
+            check_result(app, opened.client.history(found), call_path(path), result)
         epoch = opened.client.resolve(found, path, result, error=error)
     _tell(
         found, f"goes on, with {path} {'completed' if error is None else 'failed'}", {"epoch": epoch}, as_json
@@ -274,7 +309,7 @@ def _each(settings: Settings, given: Sequence[str], deed: _Deed, as_json: bool) 
 
 
 def _all(
-    settings: Settings, selection: _Selection, deed: _Deed, as_json: bool, *, yes: bool, dry_run: bool
+    settings: Settings, selection: Selection, deed: _Deed, as_json: bool, *, yes: bool, dry_run: bool
 ) -> None:
     """Act on all runs that are meant, after having said how many these are, and asked."""
     with session(settings) as opened:

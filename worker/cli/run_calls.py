@@ -1,7 +1,7 @@
 """The calls of a run as a tree of rows: what has happened, what is under way, the branches of joins below their join.
 
 Calls of the body itself come in the order in which they were first recorded, those of a join in the order of their
-paths. A large join is one line with numbers, and the few calls of it that somebody may have to look at. A retry or a
+paths. A child that was begun, and is not awaited yet, stands where it was begun. A large join is one line with numbers, and the few calls of it that somebody may have to look at. A retry or a
 rewind begins a new part, in which calls may come again. What a fresh start has left behind is only counted.
 """
 
@@ -74,16 +74,24 @@ def call_rows(
     """Return a row for each thing that has happened or is left to do."""
     rows: list[Row] = []
     history = _since_fresh_start(history, rows)
-    part = _Part(run, run.started_at if not rows else None, children)
+    of_another = (
+        bool(history) and run.started_at is not None and history[0].at < run.started_at
+    )  # it is a fork
+    part = _Part(run, None if rows or of_another else run.started_at, children)
+    unplaced = [child for child in children if not _is_recorded(child, history)]
     for record in history:
         if record.kind == "epoch":
+            for child in unplaced:
+                if child.created_at is not None and child.created_at <= record.at:
+                    part.child(child)
+            unplaced = [each for each in unplaced if each.created_at is None or each.created_at > record.at]
             rows += [*part.rows(), _opening(record)]
             part = _Part(run, record.at, children)
         else:
             part.record(record)
     last = history[-1].at if history else run.started_at
-    for child in children:
-        part.child(child, recorded={record.path for record in history if record.kind == "child"})
+    for child in unplaced:
+        part.child(child)
     awaited = next((_signals(task) for task in tasks if task.kind == "run"), "")
     for task in sorted(tasks, key=lambda task: (task.kind == "wake", task.kind == "run", task.path)):
         part.task(task, last, awaited)
@@ -156,17 +164,15 @@ class _Part:
     def _note(self, record: HistoryRecord) -> Text:
         child = self._children.get(record.path) if record.kind == "child" else None
         result = _result(record)
-        if child is None:
+        if child is None or not _is_of(record, child):
             return result
         return Text.assemble(result, "  " if result else "", (f"run {child.id}", "dim"))
 
     # -- what is left to do
 
-    def child(self, child: Child, recorded: set[Path]) -> None:
-        """Take a child; one whose result is taken stands in the history."""
-        if child.path in recorded:
-            return
-        call = self._call(child.path)
+    def child(self, child: Child) -> None:
+        """Take a child whose result is not taken yet."""
+        call = self._call(child.path, in_order=True)
         call.outcome = child.status
         name = self._name(child.path, f"child {child.workflow}")
         call.rows.append(
@@ -207,16 +213,26 @@ class _Part:
 
     # -- the tree
 
-    def _call(self, path: Path) -> _Call:
-        """Return the call at a path, with the joins above it."""
+    def _call(self, path: Path, *, in_order: bool = False) -> _Call:
+        """Return the call at a path, with the joins above it. A new one comes last, or by its path."""
         call = self._calls.get(path)
         if call is None:
             call = self._calls[path] = _Call(path)
             if len(path) >= 3 and path[-1]:
-                self._call(path[:-2]).below[path] = call
+                self._call(path[:-2], in_order=in_order).below[path] = call
             else:
-                self._top.append(call)
+                self._top.insert(self._place_of(path) if in_order else len(self._top), call)
         return call
+
+    def _place_of(self, path: Path) -> int:
+        """Return where a call stands among those of the body: before the first of a higher path, else behind the others."""
+        calls = [
+            (at, each.path) for at, each in enumerate(self._top) if isinstance(each, _Call) and each.path[-1]
+        ]
+        higher = next((at for at, other in calls if other > path), None)
+        if higher is not None:
+            return higher
+        return calls[-1][0] + 1 if calls else len(self._top)
 
     def rows(self) -> list[Row]:
         """Return the rows of this part."""
@@ -263,6 +279,17 @@ def _since_fresh_start(history: Sequence[HistoryRecord], rows: list[Row]) -> Seq
     return history[starts[-1] :]
 
 
+def _is_recorded(child: Child, history: Sequence[HistoryRecord]) -> bool:
+    return any(
+        record.kind == "child" and record.path == child.path and _is_of(record, child) for record in history
+    )
+
+
+def _is_of(record: HistoryRecord, child: Child) -> bool:
+    """Tell whether the result at a child's path is its own, and not that of the one before a rewind."""
+    return child.created_at is None or child.created_at <= record.at
+
+
 def _opening(record: HistoryRecord) -> Row:
     """Return the row of a record that opens an epoch."""
     value = record.value if isinstance(record.value, dict) else {}
@@ -270,6 +297,8 @@ def _opening(record: HistoryRecord) -> Row:
     match record.outcome:
         case "retry":
             told = f"retried {when}: what failed is tried anew"
+        case "resolve":
+            told = f"resolved anew {when}: what was said of call {dotted(value.get('at') or ())} before does not count"
         case "rewind":
             told = (
                 f"rewound {when} to call {dotted(value.get('to') or ())}: it and what came after is made anew"

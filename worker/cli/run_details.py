@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -20,6 +21,7 @@ class Child:
     workflow: str
     status: str
     path: tuple[int, ...]
+    created_at: datetime | None = None
 
     def to_json(self) -> dict[str, str]:
         """Return what `--json` shows."""
@@ -69,4 +71,4 @@ def details_of(opened: Session, run: UUID) -> Details:
 
 def _children(opened: Session, run: UUID) -> list[Child]:
     rows = opened.connection.execute(load("cli_children"), {"run": run})
-    return [Child(child, workflow, status, tuple(path)) for child, workflow, status, path in rows]
+    return [Child(child, workflow, status, tuple(path), made) for child, workflow, status, path, made in rows]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich.text import Text
 
 from outbox.history import RunInfo
-from worker.cli.rendering import fault_text, moment_text, one_line, plain, span_text, status_text
+from worker.cli.rendering import fault_text, made_at, moment_text, one_line, plain, span_text, status_text
 
 _GAP = 2
 _NARROW = {"workflow": 20, "": 12}  # what may be shortened, and to what before whole columns are left out
@@ -38,7 +38,7 @@ def _listed(run: RunInfo) -> dict[str, Text]:
         "workflow": plain(one_line(run.workflow)),
         "status": status_text(run.status),
         "queue": plain(one_line(run.queue)),
-        "created": Text(moment_text(run.created_at)),
+        "created": Text(moment_text(made_at(run))),
         "took": Text(took),
         "": _remark(run),
     }

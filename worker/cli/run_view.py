@@ -15,6 +15,7 @@ from outbox.reasons import after_the_fix
 from worker.cli.rendering import (
     compact,
     fault_text,
+    made_at,
     moment_text,
     plain,
     progress_text,
@@ -28,7 +29,13 @@ from worker.cli.run_details import Details
 from worker.cli.traces import trace_of
 
 _LONGEST_INPUT = 400
-_OPENED = {"retry": "retried", "rewind": "rewound", "continue": "started anew", "fork": "forked"}
+_OPENED = {
+    "retry": "retried",
+    "resolve": "resolved anew",
+    "rewind": "rewound",
+    "continue": "started anew",
+    "fork": "forked",
+}
 
 
 def run_view(details: Details) -> RenderableType:
@@ -77,9 +84,10 @@ def _header(run: RunInfo, history: Sequence[HistoryRecord]) -> Iterator[Text]:
     opened = Counter(record.outcome for record in history if record.kind == "epoch")
     facts += [f"{_OPENED.get(how, how)} {times}×" for how, times in opened.items()]
     yield plain(" · ".join(facts))
-    times = [f"created {moment_text(run.created_at)}"]
+    made = made_at(run)
+    times = [f"created {moment_text(made)}"]
     if run.started_at is not None:
-        times.append(f"started after {span_text(run.created_at, run.started_at)}")
+        times.append(f"started after {span_text(made, run.started_at)}")
     if run.finished_at is not None:
         times.append(
             f"ended {moment_text(run.finished_at)}, took {span_text(run.started_at, run.finished_at)}"

@@ -20,6 +20,7 @@ from worker.cli.run_details import details_of
 from worker.cli.run_ids import resolved
 from worker.cli.run_list import run_table
 from worker.cli.run_view import run_view
+from worker.cli.selection import Selection, selecting_options
 from worker.engine.recorded import from_database
 
 
@@ -29,19 +30,28 @@ def runs() -> None:
 
 
 @runs.command("list")
-@click.option("--workflow", help="Only runs of this workflow.")
-@click.option("--status", type=click.Choice(STATUSES), help="Only runs in this status.")
+@selecting_options(STATUSES)
 @click.option(
     "--limit", type=click.IntRange(1, MAX_LIST), default=20, show_default=True, help="At most so many."
 )
 @json_option
 @database_option
 def list_runs(
-    settings: Settings, workflow: str | None, status: str | None, limit: int, as_json: bool
+    settings: Settings,
+    workflow: str | None,
+    status: str | None,
+    error_like: str | None,
+    since: float | None,
+    limit: int,
+    as_json: bool,
 ) -> None:
     """List the newest runs."""
     with session(settings) as opened:
-        found = opened.client.list(workflow=workflow, status=status, limit=limit)
+        if error_like is None and since is None:
+            found = opened.client.list(workflow=workflow, status=status, limit=limit)
+        else:
+            ids = Selection([status], workflow, error_like, since).find(opened)
+            found = [opened.client.get(each) for each in reversed(ids[-limit:])]
     if as_json:
         print_json([run.to_json() for run in found])
     elif found:

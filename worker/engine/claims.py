@@ -26,6 +26,7 @@ import msgspec
 import psycopg
 from psycopg import AsyncConnection
 
+from outbox.codec import DEFAULT_MAX_BYTES
 from outbox.database import is_disconnect, retry_connecting_async
 from outbox.transient import is_transient
 from worker.queries import load
@@ -57,7 +58,8 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
     is the run's own task where this is one of its calls, with the arguments `args`. `driven` is the seq up to which
     what the body did is written down. `awaited`: another run waits for this one.
 
-    `due_in`, `waited` and `deadline_in` are seconds relative to `now`, the database's clock at the claim.
+    `due_in`, `waited` and `deadline_in` are seconds relative to `now`, the database's clock at the claim. `oversize`: the
+    input, or the arguments, have so many bytes, which is too much, and were not read.
     """
 
     task: int
@@ -83,7 +85,7 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
     created_at: datetime
     version: str
     labels: str | None
-    input: str
+    input: str | None
     path: list[int]
     parent: int | None
     workflow: str
@@ -95,6 +97,7 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
     key_epoch: int
     base_epoch: int
     awaited: bool
+    oversize: int | None = None
 
 
 class Held(NamedTuple):
@@ -108,11 +111,12 @@ class Held(NamedTuple):
 
 
 class Mail(NamedTuple):
-    """Something that was sent to a run: its payload as JSON text."""
+    """Something that was sent to a run: its payload as JSON text; None if it is too large to be read, `oversize` bytes."""
 
     id: int
     name: str
-    payload: str
+    payload: str | None
+    oversize: int | None = None
 
 
 class _Floors:
@@ -138,10 +142,16 @@ class _Floors:
 
 
 class Claimant:
-    """Claims for one worker. `connect` opens a connection in autocommit mode."""
+    """Claims for one worker. `connect` opens a connection in autocommit mode.
 
-    def __init__(self, connect: Connect, worker_id: int) -> None:
+    What has more than `max_payload_bytes` is not read: SQL takes inputs and signals of any size.
+    """
+
+    def __init__(
+        self, connect: Connect, worker_id: int, *, max_payload_bytes: int = DEFAULT_MAX_BYTES
+    ) -> None:
         self.worker_id = worker_id
+        self._limits = (max_payload_bytes, max_passed_bytes(max_payload_bytes))
         self._connect = connect
         self._connection: AsyncConnection[Any] | None = None
         self._lock = asyncio.Lock()
@@ -187,7 +197,8 @@ class Claimant:
         Raises DeclaredDead.
         """
         floors = self._floors.of(queue)
-        rows = await self._run("claim", (self.worker_id, queue, known, at_most, floors, alone))
+        parameters = (self.worker_id, queue, known, at_most, floors, alone, *self._limits)
+        rows = await self._run("claim", parameters)
         claims = [Claim(*row) for row in rows]
         self._floors.raise_to(queue, claims)
         return claims
@@ -219,7 +230,7 @@ class Claimant:
     async def mail(self, run_ids: Sequence[UUID]) -> dict[UUID, list[Mail]]:
         """Return what was sent to each run and is not taken yet, in the order in which it came."""
         found: dict[UUID, list[Mail]] = {run_id: [] for run_id in run_ids}
-        for run_id, *mail in await self._run("mail", (list(run_ids),)):
+        for run_id, *mail in await self._run("mail", {"runs": list(run_ids), "max_bytes": self._limits[0]}):
             found[run_id].append(Mail(*mail))
         return found
 
@@ -280,6 +291,15 @@ class Claimant:
             self._connection = await self._connect()
             self.connections += 1
         return self._connection
+
+
+def max_passed_bytes(max_payload_bytes: int) -> int:
+    """Return the limit of what bodies pass to steps, to children and to their successors.
+
+    That is measured when it is passed, by the default: a replay knows no settings, for it must not come out differently
+    under others.
+    """
+    return max(max_payload_bytes, DEFAULT_MAX_BYTES)
 
 
 def record_of(row: Sequence[Any]) -> Record:

@@ -108,7 +108,7 @@ class Engine:
         self._patience_seconds = PATIENCE_SECONDS
         self._turns = self._rotation = 0
         self._listening_until = 0.0
-        self._claimant = Claimant(self._connect, worker_id)
+        self._claimant = Claimant(self._connect, worker_id, max_payload_bytes=settings.max_payload_bytes)
         self._committer = Committer(
             self._connect, worker_id, max_rows=_flush_rows(settings), max_bytes=settings.flush_max_bytes
         )

@@ -14,8 +14,9 @@ from outbox.codec import fingerprint
 from outbox.errors import PayloadError
 from worker.definitions import Step
 from worker.engine.claimed import Claimed, with_earlier
-from worker.engine.claims import Claim
+from worker.engine.claims import Claim, max_passed_bytes
 from worker.engine.means import Means
+from worker.engine.reports import too_large
 from worker.engine.sealed import ErrandSeals, opened_arguments, opened_records, unopened
 from worker.engine.turns import Done, Hold, Park, Standing, Turn
 from worker.replay.decisions import DoStep, Fail
@@ -35,6 +36,12 @@ class Errand(Claimed):
 
     async def _opening(self) -> Turn:
         standing = self._standing
+        if self.claim.oversize is not None:
+            limit = max_passed_bytes(self._means.settings.max_payload_bytes)
+            what = f"the arguments of step {self._step.name!r}"
+            return await self._objected(
+                too_large(what, self.claim.oversize, limit, "raise the limit and retry")
+            )
         try:
             step = self._opened()
         except PayloadError as error:

@@ -6,6 +6,8 @@ import logging
 from uuid import UUID
 
 from outbox.codec import encode_fault
+from outbox.errors import PayloadError
+from outbox.faults import qualified_name
 from worker.engine.transitions import EndRow
 from worker.replay.decisions import Block, DoStep
 from worker.replay.records import dotted
@@ -35,7 +37,7 @@ def kind_of(error: BaseException) -> str:
     """Return what sort of an error of the database it is. Its message may hold payload: SQLAlchemy's has the parameters."""
     original = getattr(error, "orig", None) or error
     state = getattr(original, "sqlstate", None)
-    return type(original).__name__ + (f" (SQLSTATE {state})" if state else "")
+    return qualified_name(type(original)).rpartition(".")[2] + (f" (SQLSTATE {state})" if state else "")
 
 
 _IS = {"failed": "has failed", "blocked": "is blocked"}
@@ -46,8 +48,8 @@ def held(step: DoStep) -> Block:
     return _blocked(
         "held after an interruption",
         "Held",
-        f"step {step.step.name} at {dotted(step.path)} was interrupted and may have taken effect; "
-        "find out, then retry the run to execute it again",
+        f"step {step.step.name} at {dotted(step.path)} was interrupted and may have taken effect; find out, then say how "
+        f"it ended (`stepwell runs resolve RUN {dotted(step.path)} --value JSON`), or retry the run to execute it again",
     )
 
 
@@ -64,6 +66,19 @@ def ended_transaction(step: DoStep) -> Block:
 def refused(message: str) -> Block:
     """Report data that the database refuses to record."""
     return _blocked("the database refuses the data", "DataRefused", message)
+
+
+def too_large(what: str, size: int, limit: int, advice: str) -> Block:
+    """Report a payload that has more bytes than this worker reads, which came by SQL."""
+    return Block(
+        f"a payload is too large: {what}",
+        encode_fault(
+            PayloadError(
+                f"{what}: not read, for it has {size:,} bytes as JSON, and the limit of this worker (max_payload_bytes) is "
+                f"{limit:,}; {advice}"
+            )
+        ),
+    )
 
 
 def bug(error: Exception) -> Block:

@@ -57,13 +57,34 @@ _FORBIDDEN = frozenset(
 _HARMLESS = ("<frozen importlib", "logging/__init__.py")
 """Where a body may get to the network or a thread without any effect on its outcome: imports and log handlers."""
 
+_JOIN = "use gather(…) of Stepwell"
+_FIRST = "use gather(…) or first(…) of Stepwell"
+_TIMEOUT = "give the step a timeout: @step(timeout=…)"
+_ALONE = "leave it out, nothing else touches what a body holds; what steps share is guarded in the @step"
+
+# What `stepwell check` says as well (worker.lint.library, which takes long to import): a test compares them.
 _INSTEAD = {
-    "asyncio.sleep": "await sleep(…) of Stepwell instead, which is durable",
-    "asyncio.timeout": "give the step a timeout: @step(timeout=…)",
-    "asyncio.timeout_at": "give the step a timeout: @step(timeout=…)",
-    "asyncio.wait_for": "give the step a timeout: @step(timeout=…)",
-    "time.sleep": "wait(sleep(…)) of Stepwell instead, in an async body await sleep(…), which is durable",
+    "asyncio.Barrier": _ALONE,
+    "asyncio.Condition": _ALONE,
+    "asyncio.Event": _ALONE,
+    "asyncio.Lock": _ALONE,
+    "asyncio.Queue": _ALONE,
+    "asyncio.Semaphore": _ALONE,
+    "asyncio.TaskGroup": _JOIN,
+    "asyncio.as_completed": _FIRST,
+    "asyncio.create_task": _JOIN,
+    "asyncio.ensure_future": _JOIN,
+    "asyncio.gather": _JOIN,
+    "asyncio.run": "await it in an async body, in a def body wait(…) of Stepwell",
+    "asyncio.sleep": "await sleep(…) of Stepwell, which is durable",
+    "asyncio.timeout": _TIMEOUT,
+    "asyncio.timeout_at": _TIMEOUT,
+    "asyncio.to_thread": "make it a def @step, which has a thread",
+    "asyncio.wait": _FIRST,
+    "asyncio.wait_for": _TIMEOUT,
+    "time.sleep": "await sleep(…) of Stepwell, which is durable, in a def body wait(sleep(…))",
 }
+_SPELLED = {name.lower(): name for name in _INSTEAD}
 _OTHERWISE = "do it in a @step, whose result is recorded"
 
 _driving: set[int] = set()
@@ -148,7 +169,8 @@ class Sandbox:
         module = last.tb_frame.f_globals.get("__name__", "") if last is not None else ""
         if not isinstance(error, RuntimeError) or module.partition(".")[0] != "asyncio":
             return None
-        return _message(calling_line(error.__traceback__), f"asyncio ({error})", _OTHERWISE)
+        instead = _INSTEAD["asyncio.run"] if "asyncio.run" in str(error) else _OTHERWISE
+        return _message(calling_line(error.__traceback__), f"asyncio ({error})", instead)
 
 
 if sys.version_info >= (3, 14):
@@ -172,12 +194,13 @@ else:
 
 def _refuse_loop(used: _StandIn, name: str) -> NoReturn:
     what = library_call("asyncio")
-    _refuse(what or f"{object.__getattribute__(used, '_what')} ({name})")
+    _refuse(_SPELLED.get(what or "", what) or f"{object.__getattribute__(used, '_what')} ({name})")
 
 
 def _refuse(what: str) -> NoReturn:
-    violation = NotDeterministic(_message(calling_line(), what, _INSTEAD.get(what, _OTHERWISE)))
     drive = current_drive.get()
+    line = calling_line() if drive is None else drive.line()
+    violation = NotDeterministic(_message(line, what, _INSTEAD.get(what, _OTHERWISE)))
     if drive is not None:
         drive.report(violation)
     raise violation

@@ -186,7 +186,10 @@ def opened_arguments(text: str, keyring: Keyring, name: str) -> tuple[str, int |
 def rehearsed(
     run: RecordedRun, workflow: Workflow[..., Any], keyring: Keyring, guard: Guard
 ) -> Mismatch | None:
-    """Drive `workflow` through a run as it is stored; return why that, or its keys, would block it."""
+    """Drive `workflow` through a run as it is stored; return what is wrong with that, or with its keys.
+
+    Of a sealed run no arguments are told.
+    """
     given = bytes(run.input).decode()
     try:
         opened = opened_input(given, keyring, run.workflow)
@@ -200,4 +203,5 @@ def rehearsed(
         input=msgspec.Raw(opened.encode()),
         history=[RecordedCall.of(record) for record in records],
     )
-    return rehearse(plain, workflow, guard=guard)
+    found = rehearse(plain, workflow, guard=guard)
+    return msgspec.structs.replace(found, arguments=None) if found is not None and is_sealed(given) else found

@@ -221,7 +221,7 @@ async def end_backends(connection: Connection, worker_id: int) -> int:
 
 async def _backends(connection: Connection, worker_id: int) -> list[tuple[int, bool]]:
     """Return the process id of each backend of a worker, and whether it is in the middle of a statement."""
-    cursor = await connection.execute(load("backends"), [f"stepwell {worker_id}"])
+    cursor = await connection.execute(load("backends"), {"worker": worker_id})
     return [(pid, active) for pid, active in await cursor.fetchall()]
 
 

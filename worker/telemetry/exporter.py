@@ -98,6 +98,7 @@ class DatabaseMetrics:
         self._thread: threading.Thread | None = None
         self._connection: psycopg.Connection[Any] | None = None
         self._exports = False
+        self._stranger: int | None = None
         self._depths: Depths | None = None
         self._snapshot: Snapshot | None = None
         self._count_again_at = 0.0
@@ -198,10 +199,23 @@ class DatabaseMetrics:
         """Tell whether this session is the exporter, after trying to become it."""
         if not self._exports:
             row = connection.execute(load("exporter_lock")).fetchone()
-            self._exports = bool(row and row[0])
+            assert row is not None  # the statement always answers with one row
+            self._exports, pid, role = row
+            self._tell_of_stranger(pid, role)
         else:
             connection.execute("select 1")  # a session that is gone has lost the lock as well
         return self._exports
+
+    def _tell_of_stranger(self, pid: int | None, role: str | None) -> None:
+        """Warn, once, of a session that keeps everybody from exporting. Whoever may connect can take an advisory lock."""
+        if pid is not None and pid != self._stranger:
+            logger.warning(
+                "the database's metrics are not exported: the exporter's lock is held by a session of role %r, which is no "
+                "worker's; end it with `select pg_terminate_backend(%d)`",
+                role,
+                pid,
+            )
+        self._stranger = pid
 
     def _read(self, connection: psycopg.Connection[Any]) -> Snapshot:
         rows = connection.execute(load("exporter_totals")).fetchall()

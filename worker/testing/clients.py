@@ -9,7 +9,7 @@ from typing_extensions import TypeVar
 
 from outbox import Client, ResultTimeout, RunInfo, Settings
 from outbox.invocations import WorkflowLike
-from outbox.statements import Duration, run_uuid
+from outbox.statements import Duration, RunLike, run_uuid
 
 R = TypeVar("R", default=Any)
 
@@ -26,13 +26,13 @@ class LookingClient(Client):
         self.looked_at: set[UUID] = set()
         self.working = False
 
-    def get(self, run: UUID | str) -> RunInfo:
+    def get(self, run: RunLike) -> RunInfo:
         """Return one run. Raises RunNotFound."""
         self.looked_at.add(run_uuid(run))
         return super().get(run)
 
     def result(
-        self, run: UUID | str, timeout: Duration | None = None, *, workflow: WorkflowLike[R] | None = None
+        self, run: RunLike, timeout: Duration | None = None, *, workflow: WorkflowLike[R] | None = None
     ) -> R:
         """Return the result of a run that has ended; with `timeout` wait for its end, in seconds.
 
@@ -46,11 +46,11 @@ class LookingClient(Client):
         except ResultTimeout:
             why = self.why(run) or "it is being executed"
         raise ResultTimeout(
-            f"run {run} has not ended: {why}. In a test nothing is executed until it calls run_until_idle(), "
+            f"run {run_uuid(run)} has not ended: {why}. In a test nothing is executed until it calls run_until_idle(), "
             "and what waits for a time waits for advance(…)"
         )
 
-    def why(self, run: UUID | str) -> str | None:
+    def why(self, run: RunLike) -> str | None:
         """Return why a run is not running, as `Client.why` does."""
         if not self.working and super().get(run).task_state in ("ready", "shelved", "suspect"):
             return "ready for run_until_idle()"

@@ -11,7 +11,6 @@ was recorded a month ago, and every duration between two stored times stays what
 from __future__ import annotations
 
 import asyncio
-import copy
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,8 +28,8 @@ from outbox.database import connect
 from outbox.errors import ConfigError
 from outbox.invocations import WorkflowLike, function_of
 from outbox.settings import Settings
-from outbox.statements import Key, key_text, run_uuid
-from worker.definitions import Step, Workflow
+from outbox.statements import Key, RunLike, key_text, run_uuid
+from worker.definitions import Step
 from worker.engine.recorded import from_database
 from worker.engine.sandbox import Sandbox
 from worker.engine.sealed import rehearsed
@@ -230,13 +229,13 @@ class StepwellTest:
             raise AssertionError(accounts.complaint(expected, count, len(found), runs))
         return [Run(run.id, True, name, self.client, function_of(workflow)) for run in found]
 
-    def check_replay(self, run: Run[Any] | UUID | str | None = None) -> None:
+    def check_replay(self, run: RunLike | None = None) -> None:
         """Assert that the bodies as they are now fit what is recorded: of one run, or of all.
 
         Each body is driven through its history, as it would be after a crash; nothing is executed. A run that would
         be blocked, or that calls a step with other arguments than before, is told with the call and the line.
         """
-        ids = None if run is None else [run.id if isinstance(run, Run) else run_uuid(run)]
+        ids = None if run is None else [run_uuid(run)]
         self._require_fit(self._mismatches(ids))
 
     def check_end(self) -> None:
@@ -374,7 +373,7 @@ class StepwellTest:
         found = []
         for run in from_database(self._own, ids=ids, since=None if ids else EVER_SECONDS):
             if run.claimed_as in workflows:
-                mismatch = rehearsed(run, _strict(workflows[run.claimed_as]), keyring, guard)
+                mismatch = rehearsed(run, workflows[run.claimed_as], keyring, guard)
                 found += [mismatch] if mismatch else []
         return found
 
@@ -391,10 +390,3 @@ class StepwellTest:
         raise AssertionError(
             f"{len(mismatches)} runs would not survive a crash, their replay differs:\n{told}"
         )
-
-
-def _strict(workflow: Workflow[..., Any]) -> Workflow[..., Any]:
-    """Return the workflow as one that tells of other arguments, too."""
-    strict = copy.copy(workflow)
-    strict.strict = True
-    return strict
