@@ -6,16 +6,17 @@ SHELL := bash
 PYTHON ?= python3
 REPEAT ?= 1
 MINUTES ?= 10
+# Tests wait for processes more than they compute: twice as many as there are cores.
 JOBS ?= 4
 SEED ?=
 ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup demo test versions slow nightly crash mutations chaos bench lint types layers format
+.PHONY: help setup demo test versions slow nightly crash mutations chaos bench bench-peers lint types layers format
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  ARGS='…' is handed on to demo, test, crash and bench: make demo ARGS='--leads 200 --keep'"
 
@@ -36,6 +37,7 @@ versions: setup ## Run the tests that need a database on the other versions of P
 	for version in $$($(BIN)/python -m tests.postgres); do \
 		echo "on Postgres $$version"; \
 		$(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow' --postgres $$version tests/integration tests/crash $(ARGS); \
+		$(BIN)/pytest -n $(JOBS) --dist load -m 'slow and crash' --postgres $$version tests/crash $(ARGS); \
 	done
 
 slow: setup ## Run the slow tests: the demo in every way it can go, and the crash matrix
@@ -57,6 +59,9 @@ mutations: setup ## Turn off one guard after the other, and see that a test noti
 
 chaos: setup ## Let everything go wrong under a mixed load, MINUTES=10 long, SEED=… says how
 	$(BIN)/python -m tests.crash.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+bench-peers: setup ## Measure other systems beside it, each set up as its documentation advises; needs the network
+	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 bench: setup ## Measure: runs per second, latency, recovery
 	$(BIN)/python -m benchmarks $(ARGS)
