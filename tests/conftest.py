@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 
+import hypothesis
 import psycopg
 import pytest
 import pytest_asyncio
@@ -12,6 +13,10 @@ from psycopg.rows import TupleRow
 from outbox.database import connect, connect_async
 from tests import postgres
 from tests.postgres import Cluster
+
+# How long an example takes says more about what else the machine does than about the code.
+hypothesis.settings.register_profile("stepwell", deadline=None)
+hypothesis.settings.load_profile("stepwell")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
