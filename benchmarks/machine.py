@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,24 @@ SETTINGS = {"fsync": "on", "synchronous_commit": "on", "shared_buffers": "512MB"
 class Bench:
     """One cluster, with one fresh database at a time."""
 
-    def __init__(self, home: Path, bin_dir: Path) -> None:
+    def __init__(self, home: Path, bin_dir: Path, settings: Mapping[str, str]) -> None:
         self.home = home
         self.bin_dir = bin_dir
-        self.server = embedded.Server(home, bin_dir, {**embedded.SERVER_SETTINGS, **SETTINGS})
+        self.server = embedded.Server(home, bin_dir, {**embedded.SERVER_SETTINGS, **SETTINGS, **settings})
         self._databases = 0
+        self._numbers = itertools.count(1)
+
+    @contextlib.contextmanager
+    def database(self) -> Iterator[str]:
+        """Yield the URL of an empty database, which goes at the end. The server has to listen on 127.0.0.1."""
+        name = f"bench_{next(self._numbers)}"
+        with connect(self.server.running_url() or "", application_name="bench") as admin:
+            admin.execute(f"create database {name}")  # type: ignore[arg-type]  # names of our own making
+            try:
+                yield f"postgresql://{embedded.SUPERUSER}@127.0.0.1:{embedded.PORT}/{name}"
+            finally:
+                admin.execute(f"drop database {name} with (force)")  # type: ignore[arg-type]  # as above
+                admin.execute("checkpoint")
 
     def fresh(self) -> str:
         """Create a database with the schema and return its URL. The one before goes, and leaves nothing to clean up."""
@@ -74,11 +89,11 @@ class Bench:
 
 
 @contextlib.contextmanager
-def bench(version: int) -> Iterator[Bench]:
+def bench(version: int, **settings: str) -> Iterator[Bench]:
     """Start a cluster in a directory of its own on disk, and remove it at the end."""
     home = Path(tempfile.mkdtemp(prefix="stepwell-bench-", dir="/var/tmp"))
     home.chmod(0o755)
-    made = Bench(home, binaries(version))
+    made = Bench(home, binaries(version), settings)
     try:
         made.server.start()
         yield made
@@ -89,6 +104,17 @@ def bench(version: int) -> Iterator[Bench]:
 
 def binaries(version: int) -> Path:
     """Return where the server's programs are: the system's for the version that it has, else the wheel's."""
+    installed = _installed()
+    return installed[1] if installed is not None and installed[0] == version else embedded.binaries(version)
+
+
+def installed_version() -> int | None:
+    """Return the major version of the system's Postgres, None where it has none."""
+    installed = _installed()
+    return None if installed is None else installed[0]
+
+
+def _installed() -> tuple[int, Path] | None:
     try:
         found = subprocess.run(
             ["pg_config", "--bindir"], capture_output=True, text=True, check=True
@@ -96,11 +122,10 @@ def binaries(version: int) -> Path:
         said = subprocess.run(
             [f"{found}/postgres", "--version"], capture_output=True, text=True, check=True
         ).stdout
-        if f" {version}." in said:
-            return Path(found)
     except (OSError, subprocess.CalledProcessError):
-        pass
-    return embedded.binaries(version)
+        return None
+    match = re.search(r" (\d+)", said)
+    return (int(match[1]), Path(found)) if match else None
 
 
 def wait_for(condition: Any, seconds: float, *, every: float = 0.005) -> None:

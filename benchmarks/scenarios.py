@@ -25,8 +25,13 @@ commit;
 """
 
 
-def floor(bench: Bench, seconds: int) -> dict[str, float]:
-    """Postgres itself: a two-step workflow as two transactions, by pgbench with eight clients."""
+PGBENCH_BATCHES = """insert into floor_rows (n, value)
+select n, '"a value"' from generate_series(1, 500) n;
+"""
+
+
+def floor(bench: Bench, seconds: int, *, clients: int = 8) -> dict[str, float]:
+    """Postgres itself: a two-step workflow as two transactions, by pgbench."""
     url = bench.fresh()
     with connect(url, application_name="bench") as db:
         db.execute("create table floor_steps (run int, step int, value json, at timestamptz default now())")
@@ -34,14 +39,30 @@ def floor(bench: Bench, seconds: int) -> dict[str, float]:
             "create table floor_runs (id int primary key, step int not null default 0) with (fillfactor = 70)"
         )
         db.execute("insert into floor_runs (id) select generate_series(1, 100000)")
-    script = bench.home / "floor.sql"
-    script.write_text(PGBENCH_SCRIPT)
+    return {"runs_per_second": _pgbench(bench, url, PGBENCH_SCRIPT, seconds, clients)}
+
+
+def ceiling(bench: Bench, seconds: int, *, clients: int = 8) -> dict[str, float]:
+    """Postgres itself: rows inserted in batches of 500, each batch a transaction, by pgbench."""
+    url = bench.fresh()
+    with connect(url, application_name="bench") as db:
+        db.execute("create table floor_rows (n int, value json, at timestamptz default now())")
+    return {"rows_per_second": 500 * _pgbench(bench, url, PGBENCH_BATCHES, seconds, clients)}
+
+
+def _pgbench(bench: Bench, url: str, script: str, seconds: int, clients: int) -> float:
+    """Return the transactions of a script that so many clients make in a second."""
+    file = bench.home / "pgbench.sql"
+    file.write_text(script)
     said = subprocess.run(
-        [bench.bin_dir / "pgbench", "-n", "-M", "prepared", "-c", "8", "-j", "2", "-T", str(seconds), "-f", script, url],
+        [
+            bench.bin_dir / "pgbench", "-n", "-M", "prepared", "-c", str(clients), "-j", str(min(2, clients)),
+            "-T", str(seconds), "-f", file, url,
+        ],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     line = next(line for line in said.splitlines() if line.startswith("tps = "))
-    return {"runs_per_second": float(line.split()[2])}
+    return float(line.split()[2])
 
 
 def enqueue_in_bulk(bench: Bench, runs: int) -> dict[str, float]:
