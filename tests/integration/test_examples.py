@@ -40,6 +40,7 @@ with collecting() as REGISTRY:  # one for all: no two examples have a name in co
         migration,
         payment,
         queues,
+        repair,
         report,
         saga,
         sync,
@@ -434,6 +435,43 @@ def test_migration_runs_both_versions_side_by_side(stepwell: StepwellTest, print
 
 
 # -- cancel
+
+
+@pytest.fixture
+def rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(repair, "RATES", tmp_path / "rates.json")
+    return repair.RATES
+
+
+def test_repair_mends_what_has_failed_and_what_was_wrong(
+    stepwell: StepwellTest, printed: Printed, rates: Path
+) -> None:
+    failed = stepwell.enqueue(repair.bill_customer, repair.Customer(1, "NO", 100))
+    stepwell.run_until_idle()
+    with pytest.raises(RunFailed, match="no rate for NO"):
+        failed.result()
+    rates.write_text('{"NO": 2}')
+    wrong = stepwell.enqueue(repair.bill_customer, repair.Customer(2, "NO", 100))
+    stepwell.run_until_idle(advancing=True)
+    assert printed() == ["sent: invoice 2: 200.00 EUR"]
+    rates.write_text('{"NO": 0.085}')
+    trial = repair.repair_month([failed], wrong)
+    stepwell.run_until_idle(advancing=True)
+    assert [failed.result(), wrong.result(), trial.result()] == [
+        "invoice 1: 8.50 EUR",
+        "invoice 2: 8.50 EUR",
+        "invoice 0: 2.00 EUR",
+    ]
+    assert sorted(printed()) == [f"sent: {run.result()}" for run in (trial, failed, wrong)]
+
+
+def test_repair_bills_a_month_and_tells_what_was_not_sent(stepwell: StepwellTest, rates: Path) -> None:
+    rates.write_text('{"NO": 0.5}')
+    customers = [repair.Customer(1, "NO", 10), repair.Customer(2, "XX", 10)]
+    run = stepwell.enqueue(repair.bill_month, customers)
+    stepwell.run_until_idle(advancing=True)
+    assert run.result()[0] == "invoice 1: 5.00 EUR"
+    assert "no rate for XX" in run.result()[1]
 
 
 def test_cancel_gives_back_what_was_rented(stepwell: StepwellTest, printed: Printed) -> None:
