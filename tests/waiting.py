@@ -13,7 +13,7 @@ T = TypeVar("T")
 EVERY_SECONDS = 0.02
 
 
-def wait_until(condition: Callable[[], T], timeout: float = 10.0, *, what: str = "") -> T:
+def wait_until(condition: Callable[[], T], timeout: float = 30.0, *, what: str = "") -> T:
     """Return the first truthy answer of `condition`; fail the test when `timeout` seconds bring none."""
     deadline = time.monotonic() + timeout
     while not (answer := condition()):
@@ -24,7 +24,7 @@ def wait_until(condition: Callable[[], T], timeout: float = 10.0, *, what: str =
 
 
 async def wait_until_async(
-    condition: Callable[[], Awaitable[T] | T], timeout: float = 10.0, *, what: str = ""
+    condition: Callable[[], Awaitable[T] | T], timeout: float = 30.0, *, what: str = ""
 ) -> T:
     """Return the first truthy answer of `condition`, a plain or an async function."""
     deadline = time.monotonic() + timeout

@@ -29,7 +29,9 @@ from tests.crash.proxy import Action, Proxy, Trap
 from tests.postgres import Cluster
 from tests.waiting import wait_until
 
-NOTICED_SECONDS = 30.0
+NOTICED_SECONDS = 60.0
+STARTED_SECONDS = 120.0
+"""How long a fleet may take to come up on a machine that several of them start on at once."""
 FROZEN_SECONDS = 1.2
 """How long Postgres or the network stands still: longer than a lock may be lost, shorter than a lease."""
 FENCED = "a claim was lost; its write was refused"
@@ -89,7 +91,7 @@ class Scene:
             _start_missing(self)
             return len(self.workers()) == wanted and self.listening() >= wanted
 
-        wait_until(complete, NOTICED_SECONDS, what="all workers")
+        wait_until(complete, STARTED_SECONDS, what="all workers")
 
     def listening(self) -> int:
         """Return how many workers are connected and wait for a ring."""

@@ -81,7 +81,7 @@ class Fleet:
         self._supervisors.append(supervisor)
         if not claiming:
             return supervisor
-        wait_until(lambda: self._count() >= before + processes, 30, what="the workers to register")
+        wait_until(lambda: self._count() >= before + processes, 120, what="the workers to register")
         return supervisor
 
     def reconnect(self) -> None:
@@ -163,7 +163,7 @@ class Fleet:
             (self.home / f"closed-{name}").unlink()
 
     def reached(self, gate: str) -> None:
-        wait_until((self.home / f"reached-{gate}").exists, 20, what=f"a step to reach the gate {gate}")
+        wait_until((self.home / f"reached-{gate}").exists, 60, what=f"a step to reach the gate {gate}")
 
     def kill(self, held: Held, victim: str) -> None:
         """SIGKILL the worker, or its whole tree."""

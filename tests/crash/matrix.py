@@ -38,7 +38,7 @@ EXECUTING = ("running", "effect", "child", "join", "before_write", "after_write"
 NO_REQUEST = ("claimed", "unacknowledged")
 """The phases in which the server has done what the victim waits for: it cannot be kept from it any more."""
 KILLS = ("kill_child", "kill_tree", "stop_child")
-END_SECONDS = 45.0
+END_SECONDS = 90.0
 FENCED = "stepwell_fenced_writes_total"
 
 
