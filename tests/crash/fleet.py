@@ -199,7 +199,8 @@ class Fleet:
 
     def signal_supervisor(self, pid: int, number: signal.Signals) -> None:
         """Send a signal to a supervisor; it has to be one of ours, and not whoever has inherited its workers."""
-        supervisor = next((each for each in self._supervisors if each.pid == pid), None)
+        # The last one that was started: in an hour of chaos process ids come round again.
+        supervisor = next((each for each in reversed(self._supervisors) if each.pid == pid), None)
         assert supervisor is not None, f"process {pid} is no supervisor of this test"
         supervisor.send_signal(number)
 

@@ -349,7 +349,7 @@ async def test_a_pool_survives_a_restart_of_the_server(cluster: Cluster, databas
 
 
 async def test_a_pool_hands_out_no_more_than_its_size(database_url: str) -> None:
-    few = async_pool(database_url, application_name="me", max_size=2, wait_seconds=0.1)
+    few = async_pool(database_url, application_name="me", max_size=2)
     async with few, few.connection(), few.connection():
         with pytest.raises(psycopg_pool.PoolTimeout):
-            await few.getconn()
+            await few.getconn(timeout=0.1)

@@ -86,7 +86,7 @@ def process_state(pid: int) -> str:
 
 
 def sent_claim(worker: Worker) -> Sent:
-    parameters = (worker.id, "default", worker.names, 10, NO_FLOORS, False)
+    parameters = (worker.id, "default", worker.names, 10, NO_FLOORS, False, None, None)
     return Sent(worker.db, load("claim"), parameters)
 
 
