@@ -1,0 +1,202 @@
+"""What is measured of each system. A function takes one measurement on a fresh database and returns its figures.
+
+A figure that is NaN was asked for and not reached within the time that it is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import psycopg
+
+from benchmarks.machine import Bench, wait_for
+from benchmarks.peers.stage import OUR_APPLICATION, FailedError, Stage, stage
+from benchmarks.peers.systems import STEPS, System, UnavailableError
+from outbox.database import connect
+
+Figures = dict[str, float]
+
+WARM = 0.05
+"""The part of the runs that is not counted: workers open connections, load code, fill caches."""
+DRAIN_SECONDS = 300.0
+OVER_SECONDS = 60.0
+"""How long what has taken effect may take to be recorded."""
+RECOVERY_SECONDS = 180.0
+IDLE_SECONDS = 10.0
+SLEEPERS_SECONDS = 120.0
+BACKLOG_SECONDS = 120.0
+"""How long a backlog may take to be enqueued."""
+
+
+def drain(
+    bench: Bench, system: System, work: str, processes: int, runs: int, *, stuck: bool = False
+) -> Figures:
+    """Drain runs that were enqueued beforehand; count every effect; say what each run has cost.
+
+    `stuck`: a transaction that began before they were enqueued stays open meanwhile.
+    """
+    with stage(bench, system) as on, contextlib.ExitStack() as open_transactions:
+        if stuck:
+            open_transactions.enter_context(_stuck(on.url))
+        on.enqueue(work, runs)
+        if not stuck:
+            on.settle()
+        return _drained(on, work, processes, runs)
+
+
+def _drained(on: Stage, work: str, processes: int, runs: int, *, of: int | None = None) -> Figures:
+    """Start the workers and drain `runs`, all that there are unless `of` says how many there are."""
+    steps = STEPS[work]
+    started = time.monotonic()
+    for _ in range(processes):
+        on.start_worker()
+    on.wait_for_effects(max(1, int(runs * steps * WARM)), DRAIN_SECONDS, every=0.002)
+    before = on.cost()
+    began, early = time.monotonic(), on.took_effect()
+    on.wait_for_effects(runs * steps, DRAIN_SECONDS, every=0.002)
+    ended, late, after = time.monotonic(), on.took_effect(), on.cost()
+    counted = (late - early) / steps
+    if counted >= runs / 2:
+        figures = {"runs_per_second": counted / (ended - began)} | after.since(before, counted)
+    else:  # too few, and too fast: a first look at a system, of which only the order of magnitude counts
+        figures = {"runs_per_second": runs / (ended - started)}
+    if of is not None:
+        return figures
+    with contextlib.suppress(TimeoutError):
+        wait_for(lambda: on.left() == 0, OVER_SECONDS, every=0.1)
+    if left := on.left():
+        raise FailedError(f"{left} of {runs} runs are not over although every step took effect")
+    if on.took_effect() != runs * steps:
+        raise FailedError(f"{on.took_effect()} effects instead of {runs * steps}")
+    return figures
+
+
+def enqueue(bench: Bench, system: System, mode: str, runs: int) -> Figures:
+    """Enqueue from one client, one by one or in bulk."""
+    with stage(bench, system) as on:
+        seconds = on.enqueue(system.first_work(), runs, mode)
+        if (left := on.left()) != runs:
+            raise FailedError(f"{left} of {runs} runs were enqueued")
+        return {"runs_per_second": runs / seconds}
+
+
+def latency(bench: Bench, system: System, processes: int, count: int, per_second: float) -> Figures:
+    """Enqueue at a steady rate, one by one, and see when each step starts."""
+    with stage(bench, system) as on:
+        for _ in range(processes):
+            on.start_worker()
+        on.run("drip", 20, 20)  # everything is loaded
+        wait_for(lambda: len(on.marked()) >= 20, OVER_SECONDS)
+        on.marks.unlink()
+        enqueued = {
+            word: int(at)
+            for word, at in (line.split() for line in on.run("drip", count, per_second).splitlines())
+        }
+        try:
+            wait_for(lambda: len(on.marked()) >= count, OVER_SECONDS, every=0.05)
+        except TimeoutError:
+            raise FailedError(f"{len(on.marked())} of {count} runs have started") from None
+        waits = sorted((at - enqueued[word]) / 1e6 for word, at, _ in on.marked())
+        took = (max(enqueued.values()) - min(enqueued.values())) / 1e9
+        return {
+            "p50_ms": statistics.median(waits),
+            "p99_ms": waits[math.ceil(0.99 * len(waits)) - 1],
+            "enqueued_per_second": (count - 1) / took,
+        }
+
+
+def recovery(bench: Bench, system: System, number: signal.Signals) -> Figures:
+    """Kill or stop the process that executes a second step, and see when another process executes it."""
+    with stage(bench, system) as on:
+        for _ in range(2):
+            on.start_worker()
+        on.enqueue("linger", 1)
+        wait_for(lambda: any(word == "second" for word, _, _ in on.marked()), OVER_SECONDS)
+        (victim,) = (pid for word, _, pid in on.marked() if word == "second")
+        struck = time.monotonic_ns()
+        os.kill(victim, number)
+        figures = {"seconds": math.nan}
+        with contextlib.suppress(TimeoutError):
+            wait_for(lambda: [w for w, _, _ in on.marked()].count("second") > 1, RECOVERY_SECONDS)
+            again = next(at for word, at, pid in on.marked() if word == "second" and at > struck)
+            figures["seconds"] = (again - struck) / 1e9
+        figures["first_step_repeated"] = Counter(word for word, _, _ in on.marked())["first"] - 1.0
+        return figures
+
+
+def recoveries(bench: Bench, systems: list[System], number: signal.Signals) -> dict[str, Figures | str]:
+    """Measure `recovery` of many systems at once: nearly all of it is waiting."""
+
+    def one(system: System) -> Figures | str:
+        try:
+            return recovery(bench, system, number)
+        except (FailedError, UnavailableError, TimeoutError, psycopg.Error) as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(systems)) as threads:
+        return dict(zip((each.name for each in systems), threads.map(one, systems), strict=True))
+
+
+def backlog(bench: Bench, system: System, waiting: int, runs: int) -> Figures:
+    """Drain the first runs of a backlog."""
+    with stage(bench, system) as on:
+        on.enqueue(system.first_work(), waiting)
+        on.settle()
+        return {"runs_per_second": _drained(on, system.first_work(), 2, runs, of=waiting)["runs_per_second"]}
+
+
+def idle(bench: Bench, system: System) -> Figures:
+    """Leave one worker idle, and see what it costs."""
+    with stage(bench, system) as on:
+        on.start_worker()
+        on.enqueue(system.first_work(), 20)
+        on.wait_for_effects(20, OVER_SECONDS)
+        wait_for(lambda: on.left() == 0, OVER_SECONDS)
+        time.sleep(2)
+        before, began = on.cost(), time.monotonic()
+        time.sleep(IDLE_SECONDS)
+        after, seconds = on.cost(), time.monotonic() - began
+        figures = {
+            "percent_of_a_core": 100 * (after.worker_cpu - before.worker_cpu) / seconds,
+            "commits_per_second": (after.commits - before.commits) / seconds,
+            "memory_mb": on.memory_mb(),
+        }
+        if after.statements is not None and before.statements is not None:
+            figures["statements_per_second"] = (after.statements - before.statements) / seconds
+        return figures
+
+
+def sleepers(bench: Bench, system: System, sleeping: int) -> Figures:
+    """Put so many runs to sleep, and see what one worker holds meanwhile."""
+    with stage(bench, system) as on:
+        on.start_worker()
+        before = on.memory_mb()
+        on.enqueue("sleep", sleeping)
+        settled_at = time.monotonic() + SLEEPERS_SECONDS
+        last = -1.0
+        while time.monotonic() < settled_at:  # until all have come to their sleep: nobody is at work any more
+            spent = on.cost().worker_cpu
+            if spent - last < 0.2:
+                break
+            last = spent
+            time.sleep(2)
+        return {"memory_mb": on.memory_mb(), "memory_mb_before": before, "sleeping": float(on.left())}
+
+
+@contextlib.contextmanager
+def _stuck(url: str) -> Iterator[None]:
+    """Hold a transaction open that has written something, with its snapshot."""
+    with connect(url, application_name=OUR_APPLICATION) as db:
+        db.execute("create table if not exists bench_stuck (n int)")
+        db.execute("begin isolation level repeatable read")
+        db.execute("insert into bench_stuck values (1)")
+        yield
+        db.execute("rollback")
