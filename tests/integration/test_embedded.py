@@ -208,7 +208,8 @@ def test_the_interrupt_key_does_not_reach_it(settings: Settings) -> None:
 @pytest.mark.parametrize("moment", ["postgres.new-*", "postgres/postmaster.pid", "serving"])
 def test_an_interrupt_leaves_no_server_behind(directory: Path, moment: str) -> None:
     program = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what runs in the background may ignore it
         "from pathlib import Path\n"
         "from outbox.database import serving\n"
         "from outbox.settings import Settings\n"
