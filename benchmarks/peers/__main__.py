@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import math
 import platform
@@ -232,16 +234,21 @@ def _floors(session: Session, scenario: str) -> None:
     """Postgres itself, in the same round."""
     if scenario and scenario not in "pgbench":
         return
-    for clients in (1, 8):
+    measured = {
+        "two steps, one transaction each": ours.floor,
+        "rows inserted in batches of 500": ours.ceiling,
+    }
+    for (scenario_name, measuring), clients in itertools.product(measured.items(), (1, 8)):
         name = f"pgbench, {clients} client{'s' * (clients > 1)}"
-        session.measure("two steps, one transaction each", name, lambda clients=clients: ours.floor(session.machine, 5, clients=clients))  # type: ignore[misc]  # fmt: skip
-        session.measure("rows inserted in batches of 500", name, lambda clients=clients: ours.ceiling(session.machine, 5, clients=clients))  # type: ignore[misc]  # fmt: skip
+        session.measure(
+            scenario_name, name, functools.partial(measuring, session.machine, 5, clients=clients)
+        )
 
 
 def _each(session: Session, name: str, systems: list[System], measuring: Callable[[System], Figures]) -> None:
     for system in systems:
         try:
-            session.measure(name, system.name, lambda system=system: measuring(system))  # type: ignore[misc]
+            session.measure(name, system.name, functools.partial(measuring, system))
         except _NotApplicable:
             continue
 

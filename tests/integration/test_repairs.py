@@ -280,7 +280,7 @@ def test_the_run_that_enqueue_returns_stands_for_its_id(client: Client) -> None:
         client.result(run, 0)
     for other in (object(), 7, "7"):
         with pytest.raises(RunNotFound):
-            client.get(other)  # type: ignore[arg-type]
+            client.get(other)  # type: ignore[arg-type]  # what has no run's id
 
 
 def test_a_run_is_mended_by_its_handle(lab: Lab, client: Client, worker: Worker) -> None:
