@@ -70,7 +70,11 @@ class Session:
         """Drain about as many runs as take so many seconds, by what is known of the system's rate."""
         key = (system.name, f"{work} {processes}")
         if key not in self.rates:
-            first = scenarios.drain(self.machine, system, work, processes, CALIBRATION_RUNS)
+            runs = CALIBRATION_RUNS
+            first = scenarios.drain(self.machine, system, work, processes, runs)
+            while "commits_per_run" not in first and runs < MOST:  # over before its cost could be taken
+                runs *= 10
+                first = scenarios.drain(self.machine, system, work, processes, runs)
             self.rates[key] = first["runs_per_second"]
         runs = self._sized(self.rates[key])
         figures = scenarios.drain(self.machine, system, work, processes, runs, **options)
