@@ -585,6 +585,15 @@ SESSIONS = [
         ),
     ),
     mutant(
+        "what was executed is kept when the history has gone on", "it is executed again", "worker/engine/advance.py",
+        'tuple(record for record in refused.records if record.kind == "step")', "()",
+        *integration(
+            "engine_calls",
+            "a_step_is_executed_once_though_others_are_recorded_beside_it",
+            "how_a_cancellation_cut_a_step_is_recorded_though_others_are_recorded_beside_it",
+        ),
+    ),
+    mutant(
         "calls in flight are settled once", "whenever an undo is resumed", "worker/replay/driver.py",
         "if paths and not self._cursor.has_begun_undo():", "if paths:",
         *unit("replay_undo", "an_undo_that_has_begun_is_resumed_wherever_it_was_interrupted"),

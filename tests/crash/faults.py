@@ -34,7 +34,7 @@ STARTED_SECONDS = 120.0
 """How long a fleet may take to come up on a machine that several of them start on at once."""
 FROZEN_SECONDS = 1.2
 """How long Postgres or the network stands still: longer than a lock may be lost, shorter than a lease."""
-FENCED = "a claim was lost; its write was refused"
+FENCED = "its write was refused"
 
 
 @dataclass(frozen=True)

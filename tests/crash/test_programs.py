@@ -76,7 +76,9 @@ def test_random_programs_come_out_alike_whatever_is_killed(fleet: Fleet) -> None
     assert _effects(fleet, "storm", chancy).keys() == _effects(fleet, "calm", chancy).keys(), (
         "what other steps did, at least once"
     )
-    assert set(_effects(fleet, "calm", chancy).values()) <= {1}, "and once when nothing was killed"
+    assert [each for each, times in _effects(fleet, "calm", chancy).items() if times > 1] == [], (
+        "and once when nothing was killed"
+    )
     assert _wrongly_undone(fleet) == []
     assert _keys_are_stable(fleet)
     assert fleet.db.execute("select count(*) from stepwell.tasks").fetchone() == (0,)

@@ -148,6 +148,89 @@ async def test_a_failure_ends_its_join_and_what_has_not_started_is_not_executed(
         assert ledger == []
 
 
+async def recorded(lab: Lab, step: str) -> None:
+    """Wait until something is recorded of a step."""
+
+    async def is_recorded() -> bool:
+        return bool(await lab.execute("select 1 from stepwell.outbox where name = %s", [step]))
+
+    await wait_until_async(is_recorded, what=f"a record of {step}")
+
+
+async def test_a_step_is_executed_once_though_others_are_recorded_beside_it(lab: Lab) -> None:
+    executed = Ledger()
+    slow, tell = Gate(), Gate()
+    with collecting() as registry:
+
+        @step
+        async def quick() -> str:
+            await slow.reached()
+            return "quick"
+
+        @step
+        async def late() -> None:
+            await slow.passed()
+
+        @step
+        async def told() -> str:
+            executed.note("told")
+            await tell.passed()
+            return "told"
+
+        @workflow
+        async def flow() -> list[Any]:
+            return [await first(quick(), late()), await told(), await wait_signal("go")]
+
+    async with lab.engine(registry):
+        run = await lab.enqueue(flow)
+        await lab.execute("select stepwell.signal(%s, 'go', '7')", [run])
+        await tell.reached()
+        slow.open()
+        await recorded(lab, "late")
+        tell.open()
+        assert await lab.succeeded(run) == [[0, "quick"], "told", 7]
+    assert executed == [("told", 1, "2")]
+
+
+async def test_how_a_cancellation_cut_a_step_is_recorded_though_others_are_recorded_beside_it(
+    lab: Lab,
+) -> None:
+    executed = Ledger()
+    slow, charging = Gate(), Gate()
+    with collecting() as registry:
+
+        @step
+        async def quick() -> str:
+            await slow.reached()
+            return "quick"
+
+        @step
+        async def late() -> None:
+            await slow.passed()
+
+        @step(on_crash="hold")
+        async def charge() -> None:
+            executed.note("charge")
+            try:
+                await charging.passed()
+            except asyncio.CancelledError:
+                await recorded(lab, "late")  # which is cut as well
+                raise
+
+        @workflow
+        async def flow() -> None:
+            await first(quick(), late())
+            await charge()
+
+    async with lab.engine(registry):
+        run = await lab.enqueue(flow)
+        await charging.reached()
+        await lab.cancel(run)
+        assert (await lab.ended(run)).state == "cancelled"
+        assert (await lab.history(run))[-1] == ("2", 1, "interrupted")
+    assert executed == [("charge", 1, "2")]
+
+
 async def test_an_async_step_is_interrupted_by_a_cancellation_wherever_it_is_executed(lab: Lab) -> None:
     gates = {name: Gate() for name in "ab"}
     cleaned = Ledger()

@@ -53,6 +53,7 @@ class Advance(Claimed):
         self._history: list[Record] | None = history
         self._mailbox = Mailbox(mail, means.keyring)
         self._replay: Replay | None = None
+        self._unwritten: tuple[Record, ...] = ()
 
     # -- turns
 
@@ -65,19 +66,36 @@ class Advance(Claimed):
         self._history = None  # the replay has what it needs of it
         if isinstance(decision, Block):
             return await self._objected(decision)
-        if passed is None and (standing.cancelled or not self.claim.cancelling):
+        executed = self._executed_before(decision)
+        if executed and executed[-1].n == 0:
+            return Turn(self._delivered(executed[-1]), executed)
+        cancelling = (self.claim.cancelling or self._cancelling) and not standing.cancelled
+        if not cancelling and passed is None:
             return Turn(decision)
-        died_in = self._died_in(decision) if isinstance(decision, DoStep) else ()
-        return (
-            self._cancelled(died_in)
-            if self.claim.cancelling and not standing.cancelled
-            else self._expired(died_in)
-        )
+        if isinstance(decision, DoStep):
+            executed = executed or self._died_in(decision)
+        return self._cancelled(executed) if cancelling else self._expired(executed)
 
-    async def _again(self) -> Turn:
+    async def _again(self, refused: Turn) -> Turn:
         """Drive anew: what was recorded meanwhile comes before what this claim wanted to record."""
         await self._read_again()
+        self._unwritten = tuple(record for record in refused.records if record.kind == "step")
         return await self._opening()
+
+    def _executed_before(self, decision: Decision) -> tuple[Record, ...]:
+        """Return, to be written now, what this claim has executed of a step, and could not write down before.
+
+        What others record beside it does not make the step wrong, nor another one the next.
+        """
+        unwritten, self._unwritten = self._unwritten, ()
+        if type(decision) is not DoStep or any(record.path != decision.path for record in unwritten):
+            return ()
+        if unwritten:
+            self._standing.interrupted = False
+        return tuple(
+            self._standing.record_step(decision, each.n, each.outcome, value=each.value, error=each.error)
+            for each in unwritten
+        )
 
     async def _rewind(self) -> None:
         await self._read_again()

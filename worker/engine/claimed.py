@@ -136,8 +136,8 @@ class Claimed:
         """Return the first turn."""
         raise NotImplementedError
 
-    async def _again(self) -> Turn:
-        """Return the first turn again: the history has gone on since."""
+    async def _again(self, refused: Turn) -> Turn:
+        """Return what to do instead of a strict turn: the history has gone on since. See `Turn`."""
         raise NotImplementedError
 
     def _prepared(self, turn: Turn) -> Turn:
@@ -181,7 +181,8 @@ class Claimed:
                     )
                     await asyncio.sleep(UNWRITABLE_SECONDS)
                 if receipt.verdict is Verdict.BEHIND:
-                    return await self._again()
+                    self._cancelling |= receipt.cancelling
+                    return await self._again(turn)
                 after = self._judged(receipt, turn, writing)
                 if after is not turn:
                     return after
@@ -217,6 +218,9 @@ class Claimed:
 
     def _lost(self) -> None:
         metrics.FENCED.inc()
+        self._log_lost()
+
+    def _log_lost(self) -> None:
         logger.warning("a claim was lost; its write was refused", extra={"run_id": str(self.claim.run_id)})
 
     # -- executing

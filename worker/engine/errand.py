@@ -6,6 +6,7 @@ body here, the task is done, and the database tells the run.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import msgspec
@@ -21,6 +22,8 @@ from worker.engine.sealed import ErrandSeals, opened_arguments, opened_records, 
 from worker.engine.turns import Done, Hold, Park, Standing, Turn
 from worker.replay.decisions import DoStep, Fail
 from worker.replay.records import Record, visible
+
+logger = logging.getLogger(__name__)
 
 
 class Errand(Claimed):
@@ -78,6 +81,12 @@ class Errand(Claimed):
 
     def _concluded(self, record: Record) -> Turn:
         return Turn(Done(), (record,))
+
+    def _log_lost(self) -> None:
+        logger.info(
+            "a step's claim was lost, or its run has ended without it; its write was refused",
+            extra={"run_id": str(self.claim.run_id)},
+        )
 
     def _cancelled(self, records: tuple[Record, ...] = ()) -> Turn:
         return Turn(Done(), records)
