@@ -2164,7 +2164,7 @@ begin
     executed as (
         update tasks t set cancelling = true
         where t.run_id = any (meant) and t.path > '{}' and t.kind not in ('wake', 'deliver') and t.kind = 'step'
-          and t.claimed_by is not null
+          and t.claimed_by is not null and t.path[cardinality(t.path)] > 0    -- what is being undone is undone
         returning t.claimed_by)
     select (select array_agg(distinct c.queue) from cancelled c where c.state = 'ready'),
            (select array_agg(distinct o.claimed_by)

@@ -594,6 +594,16 @@ SESSIONS = [
         ),
     ),
     mutant(
+        "an undo is not cut short", "a cancellation cuts it like any step", CLAIMED,
+        "step.step.is_async and not is_undo(step.path)", "step.step.is_async",
+        *integration("engine_cancels", "an_undo_is_not_cut_short"),
+    ),
+    mutant(
+        "an undo is numbered on", "a cancellation forgets how often it was executed", "worker/engine/advance.py",
+        "earlier=(*known.earlier, *here)", "earlier=step.earlier",
+        *integration("engine_cancels", "an_undo_in_which_a_worker_died_goes_on_when_the_run_is_cancelled"),
+    ),
+    mutant(
         "calls in flight are settled once", "whenever an undo is resumed", "worker/replay/driver.py",
         "if paths and not self._cursor.has_begun_undo():", "if paths:",
         *unit("replay_undo", "an_undo_that_has_begun_is_resumed_wherever_it_was_interrupted"),

@@ -10,10 +10,11 @@ from uuid import UUID
 
 import pytest
 import pytest_asyncio
+from tenacity import stop_after_attempt, wait_none
 
 from tests.effects import Gate
 from tests.engines import Lab, Running, until
-from worker import Cancelled, sleep, step, workflow
+from worker import Cancelled, current_step, retrying, sleep, step, workflow
 from worker.definitions import Registry, Workflow, collecting
 from worker.engine.transitions import Writing
 
@@ -34,6 +35,11 @@ async def told(lab: Lab, run: UUID) -> None:
         return bool(rows and rows[0][0])
 
     await until(cancelling)
+
+
+async def applied(lab: Lab) -> bool:
+    """Tell whether every cancellation has reached its run."""
+    return await lab.execute("select count(*) from stepwell.tasks where kind = 'wake'") == [(0,)]
 
 
 async def recorded(lab: Lab, run: UUID) -> list[tuple[str, list[int], int, str]]:
@@ -313,8 +319,79 @@ async def test_a_cancellation_of_a_run_that_has_ended_changes_nothing(lab: Lab) 
         await other.execute("commit")
         await other.__aexit__()
 
-        async def applied() -> bool:
-            return await lab.execute("select count(*) from stepwell.tasks") == [(0,)]
-
-        await until(applied)
+        await until(lambda: applied(lab))
         assert (await lab.run(run)).state == "succeeded"
+
+
+# -- while what was done is being undone
+
+
+def undone_after_a_failure(
+    gate: Gate, executed: list[int], *, queue: str | None = None, failing: int = 0
+) -> tuple[Registry, Workflow[..., Any]]:
+    """Return a workflow that fails, and whose undo stands at the gate. Its executions up to `failing` fail behind it."""
+    with collecting() as registry:
+
+        @step(queue=queue, retry=retrying(stop=stop_after_attempt(5), wait=wait_none()))
+        async def refund() -> None:
+            execution = current_step().execution
+            executed.append(execution)
+            await gate.passed()
+            if execution <= failing:
+                raise ConnectionError("down")
+
+        @step(undo=refund)
+        async def charge() -> None:
+            pass
+
+        @workflow
+        async def charging() -> None:
+            await charge()
+            raise ValueError("no")
+
+    return registry, charging
+
+
+@pytest.mark.parametrize("queue", [None, "elsewhere"])
+@pytest.mark.parametrize("reason", ["a cancellation", "the deadline"])
+async def test_an_undo_is_not_cut_short(lab: Lab, reason: str, queue: str | None) -> None:
+    gate, executed = Gate(), list[int]()
+    registry, charging = undone_after_a_failure(gate, executed, queue=queue)
+    async with lab.engine(registry, queues=["default", "elsewhere"]):
+        options = {"deadline": timedelta(seconds=1)} if reason == "the deadline" else {}
+        run = await lab.enqueue(charging, **options)
+        await gate.reached()
+        if reason == "the deadline":
+            await until(lambda: passed(lab, run))
+        else:
+            await lab.cancel(run)
+            await until(lambda: applied(lab))
+        gate.open()
+        assert (await lab.ended(run)).state == "failed"
+    assert executed == [1]
+
+
+async def passed(lab: Lab, run: UUID) -> bool:
+    """Tell whether the run's deadline has passed, and whoever keeps it has had the time to notice."""
+    late = "select deadline_at + interval '0.3 seconds' < clock_timestamp() from stepwell.runs where id = %s"
+    return bool((await lab.execute(late, [run]))[0][0])
+
+
+async def test_an_undo_in_which_a_worker_died_goes_on_when_the_run_is_cancelled(lab: Lab) -> None:
+    gate, executed = Gate(), list[int]()
+    registry, charging = undone_after_a_failure(gate, executed, failing=2)
+    async with lab.engine(registry) as dying:
+        run = await lab.enqueue(charging)
+        await gate.reached()
+        await dying.crash()
+    await lab.cancel(run)
+    gate.open()
+    async with lab.engine(registry):
+        assert (await lab.ended(run)).state == "failed"
+    assert executed == [1, 2, 3]
+    assert await lab.history(run) == [
+        ("1", 0, "completed"),
+        ("1.0", 1, "interrupted"),
+        ("1.0", 2, "failed"),
+        ("1.0", 0, "completed"),
+    ]

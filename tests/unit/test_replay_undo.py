@@ -10,7 +10,7 @@ import pytest
 from tests.unit.drives import record
 from tests.unit.test_replay_joins import broken, cancelled, charge, done, drive, one
 from worker import Permanent, continue_as, first, gather, sleep
-from worker.replay.decisions import Block, Cancel, DoStep, Fail, Settle
+from worker.replay.decisions import Block, Cancel, Decision, DoStep, Fail, Settle
 from worker.replay.records import Record
 
 Body = Callable[[], Any]
@@ -138,11 +138,21 @@ def test_a_run_that_parks_in_its_undo_is_discarded_like_any_other(
     assert not caplog.records
 
 
-def test_a_cancellation_that_comes_while_it_waits_changes_nothing() -> None:
-    history = (*_histories(_fails_fast)[0][:3], cancelled(), done((2, 2, 1, 0), "refund"))
-    decision = drive(_fails_fast, *history, driven=len(history)).start()
-    assert isinstance(decision, DoStep)
-    assert decision.path == (1, 0)
+@pytest.mark.parametrize("body", [_fails_fast, _loses_a_race], ids=lambda body: body.__name__.strip("_"))
+@pytest.mark.parametrize("at", [2, 3, 4, 5, 6, 7, 8])
+def test_a_cancellation_that_comes_while_it_waits_or_undoes_changes_nothing(body: Body, at: int) -> None:
+    for history in _histories(body):
+        whole = (*history[:at], cancelled(), *history[at:])
+        replay, other = (drive(body, *each, driven=len(each)) for each in (whole, history))
+        assert _in_short(replay.start()) == _in_short(other.start())
+        replay.close()
+        other.close()
+
+
+def _in_short(decision: Decision) -> Any:
+    if isinstance(decision, DoStep):
+        return decision.path, [(each.n, each.outcome) for each in decision.earlier]
+    return decision
 
 
 # -- what ends a body otherwise

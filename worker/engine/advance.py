@@ -54,6 +54,8 @@ class Advance(Claimed):
         self._mailbox = Mailbox(mail, means.keyring)
         self._replay: Replay | None = None
         self._unwritten: tuple[Record, ...] = ()
+        self._step: DoStep | None = None
+        """What it is about to execute, or executes, with the executions that it knows of."""
 
     # -- turns
 
@@ -112,6 +114,7 @@ class Advance(Claimed):
     def _driven(self, history: list[Record]) -> Decision:
         """Drive a new body through what is recorded."""
         self._close()
+        self._step = None
         standing = self._standing
         if self.claim.oversize is not None:
             return self._oversize(self.claim.oversize)
@@ -171,7 +174,16 @@ class Advance(Claimed):
         strict = self._replay.branched
         self._standing.cancelled = True
         self._standing.interrupted = False  # what the body calls from now on, the last claim has not begun
-        return Turn(self._delivered(record), (*records, record), strict=strict)
+        decision = self._delivered(record)
+        if type(decision) is DoStep:
+            decision = self._gone_on(decision, records)
+        return Turn(decision, (*records, record), strict=strict)
+
+    def _gone_on(self, step: DoStep, records: tuple[Record, ...]) -> DoStep:
+        """Return the step with what this claim knows of its executions, if it was at it already: an undo goes on."""
+        known = self._step if self._step is not None and self._step.path == step.path else step
+        here = (record for record in records if record.path == step.path)
+        return msgspec.structs.replace(step, earlier=(*known.earlier, *here))
 
     def _held(self, step: DoStep, records: tuple[Record, ...]) -> Turn:
         return Turn(held(step), records)
@@ -235,6 +247,7 @@ class Advance(Claimed):
 
     def _prepared_step(self, step: DoStep, turn: Turn) -> Turn:
         standing, records = self._standing, turn.records
+        self._step = step
         if not standing.returned and not step.earlier:
             return turn  # what is neither resumed nor repeated: nearly every step
         for recorded in self._died_in(step):
@@ -246,6 +259,7 @@ class Advance(Claimed):
         due_in = standing.due_in(step.path)
         if due_in is not None and due_in > 0 and not records:
             return msgspec.structs.replace(turn, decision=Park(step.path, standing.cut_by_deadline(due_in)))
+        self._step = step
         return msgspec.structs.replace(turn, decision=step, records=records)
 
     def _died_in(self, step: DoStep) -> tuple[Record, ...]:

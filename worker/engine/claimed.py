@@ -27,7 +27,7 @@ from worker.engine.reports import bug, ended_transaction, kind_of, log_end, log_
 from worker.engine.transitions import Documents, Receipt, Verdict, Writing, encode, receipt_of
 from worker.engine.turns import Park, Release, Standing, Turn
 from worker.replay.decisions import Block, DoStep
-from worker.replay.records import Path, Record
+from worker.replay.records import Path, Record, is_undo
 from worker.retries import Retry, failures_of
 from worker.steps.execution import (
     Answered,
@@ -100,7 +100,10 @@ class Claimed:
             self._task.cancel()
 
     def cancel(self) -> None:
-        """Take note that the run is to be cancelled: an async step ends now, a def step at its end."""
+        """Take note that the run is to be cancelled: an async step ends now, a def step at its end.
+
+        What is being undone is undone whatever else becomes of the run.
+        """
         if not self._standing.cancelled and not self._cancelling:
             self._cancelling = True
             if self._executing_async:
@@ -227,7 +230,7 @@ class Claimed:
 
     async def _execute(self, step: DoStep, wait_seconds: float) -> Turn | None:
         self._interruptible = True
-        self._executing_async = step.step.is_async
+        self._executing_async = step.step.is_async and not is_undo(step.path)
         try:
             if wait_seconds:
                 await asyncio.sleep(wait_seconds)
@@ -235,7 +238,7 @@ class Claimed:
             if not slots:
                 return await self._execute_now(step)
             async with AsyncExitStack() as taken:
-                await self._take(slots, taken)
+                await self._take(step, slots, taken)
                 return await self._execute_now(step)
         except asyncio.CancelledError:
             if not uncancel():
@@ -245,10 +248,10 @@ class Claimed:
         finally:
             self._interruptible = self._executing_async = False
 
-    async def _take(self, slots: Sequence[asyncio.Semaphore], taken: AsyncExitStack) -> None:
+    async def _take(self, step: DoStep, slots: Sequence[asyncio.Semaphore], taken: AsyncExitStack) -> None:
         """Wait for the slots that a step needs, but not beyond the deadline, which is found to have passed then."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._standing.remaining()):
+            async with asyncio.timeout(self._remaining(step)):
                 for slot in slots:
                     await taken.enter_async_context(slot)
 
@@ -272,7 +275,7 @@ class Claimed:
             return Turn(Release())
         if self._means.executor.is_abandoned(self.claim.run_id, step.path):
             return Turn(Park(step.path, BUSY_THREAD_SECONDS))
-        return None if self._standing.deadline_passed() is None else self._expired()
+        return self._expired() if self._is_late(step) else None
 
     def _outcome(self, step: DoStep) -> Awaitable[Outcome]:
         call, timeout = self._call(step), self._timeout(step)
@@ -294,10 +297,17 @@ class Claimed:
         return Call(step.step, step.arguments, standing.facts, info, self._means.settings.max_payload_bytes)
 
     def _timeout(self, step: DoStep) -> float | None:
-        timeout, remaining = step.step.timeout, self._standing.remaining()
+        timeout, remaining = step.step.timeout, self._remaining(step)
         if timeout is None or remaining is None:
             return remaining if timeout is None else timeout
         return min(timeout, remaining)
+
+    def _remaining(self, step: DoStep) -> float | None:
+        """Return the seconds until the run's deadline, None if there is none that an execution has to mind."""
+        return None if is_undo(step.path) else self._standing.remaining()
+
+    def _is_late(self, step: DoStep) -> bool:
+        return not is_undo(step.path) and self._standing.deadline_passed() is not None
 
     # -- after an execution
 
@@ -318,7 +328,7 @@ class Claimed:
                 assert_never(outcome)
 
     def _timed_out(self, step: DoStep) -> Turn:
-        if self._standing.deadline_passed() is not None:
+        if self._is_late(step):
             return self._expired((self._standing.record_interruption(step),))
         if step.step.on_crash == "hold":
             return self._held(step, (self._standing.record_interruption(step),))

@@ -300,7 +300,9 @@ class Replay(Asides):
         if paths and not self._cursor.has_begun_undo():  # else they were settled before the first undo
             self._settling = Settle(paths, self.fresh)
             self._away(main)
-        self._cursor.peek()  # passes over what is recorded of calls that nobody waited for
+        # Passes over what is recorded of calls that nobody waited for. A cancellation changes nothing any more.
+        while (record := self._cursor.peek()) is not None and record.kind == "cancel":
+            self._cancel(self._cursor.take())
         for path, call in undoing.calls(self, self._cursor.ignored):
             call.once()
             try:
