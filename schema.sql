@@ -1203,9 +1203,13 @@ declare
     found_ids bigint[];
 begin
     select array_agg(f.id) into found_ids
-    from (select t.id from tasks t
-          where t.state = 'shelved' and t.queue = any (my_queues) and t.name = any (my_names)
-          limit at_most for update skip locked) f;
+    from (select t.id
+          from unnest(my_queues) q cross join unnest(my_names) n
+          -- Name by name: asked for all at once, Postgres before 17 may read all that was set aside.
+          cross join lateral (
+              select t.id from tasks t where t.state = 'shelved' and t.queue = q and t.name = n
+              limit at_most for update skip locked) t
+          limit at_most) f;
     update tasks t set state = 'ready', turn = nextval('stepwell.turns') where t.id = any (found_ids);
     return coalesce(cardinality(found_ids), 0);
 end
