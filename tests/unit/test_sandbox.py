@@ -20,6 +20,7 @@ import pytest
 
 from outbox.errors import Suspended
 from tests.unit.drives import Run
+from tests.waiting import wait_until_async
 from worker.context import current_drive, sleep, wait
 from worker.definitions import collecting, step, workflow
 from worker.engine import sandbox
@@ -302,11 +303,51 @@ class TestAsyncGenerators:
         gc.collect()
         assert closed == [True]
 
-    async def test_the_hooks_of_the_loop_are_back_afterwards(self):
+    async def test_all_others_are_the_loops_as_before(self):
+        ended = []
+
+        async def numbers(which: str) -> AsyncIterator[int]:
+            try:
+                yield 1
+                yield 2
+            finally:
+                await asyncio.sleep(0)
+                ended.append(which)
+
         before = sys.get_asyncgen_hooks()
+        early = numbers("early")
+        await anext(early)
         with collecting():
             Run(workflow(_returns), guard=SANDBOX).finish()
-        assert sys.get_asyncgen_hooks() == before
+        late = numbers("late")
+        await anext(late)
+        del early, late
+        gc.collect()
+        assert ended == []  # the loop closes them, in a task
+        await wait_until_async(lambda: sorted(ended) == ["early", "late"])
+        hooks = sys.get_asyncgen_hooks()
+        with collecting():
+            for _ in range(3):
+                Run(workflow(_returns), guard=SANDBOX).finish()
+        assert sys.get_asyncgen_hooks() == hooks != before
+
+    def test_without_a_loop_they_are_closed_where_they_are_dropped(self):
+        ended = []
+
+        async def numbers() -> AsyncIterator[int]:
+            try:
+                yield 1
+            finally:
+                ended.append(True)
+
+        with collecting():
+            Run(workflow(_returns), guard=SANDBOX).finish()
+        generator = numbers()
+        with pytest.raises(StopIteration, match="1"):
+            anext(generator).send(None)
+        del generator
+        gc.collect()
+        assert ended == [True]
 
 
 async def _returns() -> int:

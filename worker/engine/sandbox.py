@@ -23,6 +23,7 @@ import sys
 import time
 from asyncio.events import _get_running_loop, _set_running_loop
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from threading import get_ident
 from typing import Any, NoReturn, cast
 
@@ -131,25 +132,25 @@ _REFUSING = cast("Drive", _Refusing())
 
 
 class Sandbox:
-    """The guard of one thread's drives: `Replay(…, guard=sandbox)`. Entering and leaving allocate nothing."""
+    """The guard of drives: `Replay(…, guard=sandbox)`. Entering and leaving allocate nothing."""
 
-    __slots__ = ("_finalizer", "_firstiter")
+    __slots__ = ()
 
     def __init__(self) -> None:
         _install_audit_hook()
-        self._firstiter: Any = None
-        self._finalizer: Any = None
 
     def enter(self) -> asyncio.AbstractEventLoop | None:
         """Switch off; the result is for `leave`."""
         loop = _get_running_loop()
         if loop is _LOOP:  # a body that drives a body, as a test may: all is off already
             return loop
-        self._firstiter, self._finalizer = sys.get_asyncgen_hooks()
-        sys.set_asyncgen_hooks(None, _close_dropped)
+        thread = get_ident()
+        hooks = sys.get_asyncgen_hooks()
+        if hooks[1] is not _finalizers.get(thread):
+            _tell_generators_apart(thread, *hooks)
         _set_running_loop(_LOOP)
         _hide_task()
-        _driving.add(get_ident())
+        _driving.add(thread)
         return loop
 
     def leave(self, before: asyncio.AbstractEventLoop | None) -> None:
@@ -159,7 +160,6 @@ class Sandbox:
         _driving.discard(get_ident())
         _show_task()
         _set_running_loop(before)
-        sys.set_asyncgen_hooks(self._firstiter, self._finalizer)
 
     def explain(self, error: Exception) -> str | None:
         """Say what the body did if asyncio itself has complained, as `asyncio.run` does, before it used the loop."""
@@ -208,6 +208,41 @@ def _refuse(what: str) -> NoReturn:
 
 def _message(line: str, what: str, instead: str) -> str:
     return f"{line}: the body of a workflow uses {what}, which a replay could not repeat; {instead}"
+
+
+_finalizers: dict[int, Callable[..., Any]] = {}
+"""The hook of `_tell_generators_apart` by thread."""
+
+
+def _tell_generators_apart(thread: int, firstiter: Any, finalizer: Any) -> None:
+    """Install hooks by which the engine's loop sees all async generators of this thread but those of bodies.
+
+    They stay, until somebody installs others: to exchange them around each drive costs more than all the rest of it, for
+    Python tells its audit hooks of each exchange. A generator is asked after its id: whatever is dropped by `dropped` has
+    come through `iterated` first, so an id stands for the last that came.
+    """
+    of_bodies: set[int] = set()
+
+    def iterated(generator: AsyncGenerator[Any, Any]) -> None:
+        if get_ident() in _driving:
+            of_bodies.add(id(generator))
+            return
+        of_bodies.discard(id(generator))
+        if firstiter is not None:
+            firstiter(generator)
+
+    def dropped(generator: AsyncGenerator[Any, Any]) -> None:
+        if id(generator) in of_bodies:
+            of_bodies.discard(id(generator))
+            _close_dropped(generator)
+        elif finalizer is not None:
+            finalizer(generator)
+        else:
+            with suppress(StopIteration):
+                generator.aclose().send(None)
+
+    _finalizers[thread] = dropped
+    sys.set_asyncgen_hooks(iterated, dropped)
 
 
 def _close_dropped(generator: AsyncGenerator[Any, Any]) -> None:
