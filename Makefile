@@ -13,7 +13,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup demo test versions slow nightly crash mutations chaos bench bench-peers lint types layers format
+.PHONY: help setup demo test versions slow nightly crash mutations chaos bench bench-smoke bench-peers lint types layers format
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,8 +63,11 @@ chaos: setup ## Let everything go wrong under a mixed load, MINUTES=10 long, SEE
 bench-peers: setup ## Measure other systems beside it, each set up as its documentation advises; needs the network
 	$(BIN)/python -m benchmarks.peers $(ARGS)
 
-bench: setup ## Measure: runs per second, latency, recovery
+bench: setup ## Measure: runs per second, latency, recovery; ARGS='--all' for all there is
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-smoke: setup ## Fail if it has become a lot slower, compared with Postgres itself
+	$(BIN)/python -m benchmarks.smoke $(ARGS)
 
 lint: setup ## Check style and format
 	$(BIN)/ruff check .
