@@ -13,7 +13,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup demo test versions slow nightly crash mutations chaos bench bench-smoke bench-peers lint types layers format
+.PHONY: help setup demo test versions slow nightly crash mutations chaos bench bench-smoke bench-peers audit lint types layers format
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,10 @@ bench: setup ## Measure: runs per second, latency, recovery; ARGS='--all' for al
 
 bench-smoke: setup ## Fail if it has become a lot slower, compared with Postgres itself
 	$(BIN)/python -m benchmarks.smoke $(ARGS)
+
+audit: setup ## Look dependencies up in the database of known vulnerabilities; needs the network
+	test -x .audit/bin/pip-audit || { $(PYTHON) -m venv .audit; .audit/bin/python -m pip install --quiet pip-audit; }
+	.audit/bin/pip-audit --strict --skip-editable --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 lint: setup ## Check style and format
 	$(BIN)/ruff check .
