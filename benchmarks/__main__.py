@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks import outages, scenarios, waiting
+from benchmarks import backlog, outages, scenarios, waiting
 from benchmarks.machine import Bench, bench
 
 Figures = dict[str, float]
@@ -35,7 +35,7 @@ def _plan(runs: int) -> dict[str, Scenario]:
     }
 
 
-def _long_plan() -> dict[str, Scenario]:
+def _long_plan(long: int) -> dict[str, Scenario]:
     """Return what waits for long, or handles a lot: measured with `--all`, or when it is asked for by name."""
     return {
         "recovery from kill -9 of the tree": lambda b: scenarios.recovery(b, "tree", 20),
@@ -46,19 +46,25 @@ def _long_plan() -> dict[str, Scenario]:
         "replay of 10,000 recorded steps": lambda b: waiting.replay(b, 10_000),
         "one run of 50,000 steps": lambda b: waiting.long_run(b, 50_000),
         "1,000,000 sleeping runs, 10,000 due": lambda b: waiting.sleepers(b, 1_000_000, 10_000),
+        f"{long:,} ready runs": lambda b: backlog.growth(b, long),
     }
 
 
 @click.command()
 @click.option("--repeat", default=3, show_default=True, help="Measurements of each scenario.")
 @click.option("--runs", default=20_000, show_default=True, help="Runs in one measurement of throughput.")
+@click.option(
+    "--backlog", "backlog_runs", default=10_000_000, show_default=True, help="Runs in the long queue."
+)
 @click.option("--postgres", default=18, show_default=True, help="Major version: 15 (the system's), 16 or 18.")
 @click.option("--only", default="", help="Scenarios whose name contains this, of all that there are.")
 @click.option("--all", "whole", is_flag=True, help="Measure all, which takes a quarter of an hour a round.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all measurements here.")
-def main(repeat: int, runs: int, postgres: int, only: str, whole: bool, json_file: Path | None) -> None:
+def main(
+    repeat: int, runs: int, backlog_runs: int, postgres: int, only: str, whole: bool, json_file: Path | None
+) -> None:
     """Measure this machine."""
-    plan = _plan(runs) | (_long_plan() if whole or only else {})
+    plan = _plan(runs) | (_long_plan(backlog_runs) if whole or only else {})
     plan = {name: scenario for name, scenario in plan.items() if only in name}
     if not plan:
         raise click.UsageError(f"no scenario's name contains {only!r}")

@@ -137,6 +137,17 @@ def wait_for(condition: Any, seconds: float, *, every: float = 0.005) -> None:
         time.sleep(every)
 
 
+@contextlib.contextmanager
+def stuck_transaction(url: str, *, application_name: str) -> Iterator[None]:
+    """Hold a transaction open that has written something, with its snapshot."""
+    with connect(url, application_name=application_name) as db:
+        db.execute("create table if not exists bench_stuck (n int)")
+        db.execute("begin isolation level repeatable read")
+        db.execute("insert into bench_stuck values (1)")
+        yield
+        db.execute("rollback")
+
+
 def living(db: psycopg.Connection[Any]) -> int:
     """Return how many workers are registered and not declared dead."""
     row = db.execute("select count(*) from stepwell.workers where dead_at is null").fetchone()

@@ -29,6 +29,11 @@ async def second(n: int) -> int:
 
 
 @workflow
+async def one_step(n: int) -> int:
+    return await first(n)
+
+
+@workflow
 async def two_steps(n: int) -> int:
     return await second(await first(n))
 

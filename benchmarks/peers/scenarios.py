@@ -12,15 +12,13 @@ import signal
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 
-from benchmarks.machine import Bench, wait_for
+from benchmarks.machine import Bench, stuck_transaction, wait_for
 from benchmarks.peers.stage import OUR_APPLICATION, FailedError, Stage, stage
 from benchmarks.peers.systems import STEPS, System, UnavailableError
-from outbox.database import connect
 
 Figures = dict[str, float]
 
@@ -45,7 +43,7 @@ def drain(
     """
     with stage(bench, system) as on, contextlib.ExitStack() as open_transactions:
         if stuck:
-            open_transactions.enter_context(_stuck(on.url))
+            open_transactions.enter_context(stuck_transaction(on.url, application_name=OUR_APPLICATION))
         on.enqueue(work, runs)
         if not stuck:
             on.settle()
@@ -189,14 +187,3 @@ def sleepers(bench: Bench, system: System, sleeping: int) -> Figures:
             last = spent
             time.sleep(2)
         return {"memory_mb": on.memory_mb(), "memory_mb_before": before, "sleeping": float(on.left())}
-
-
-@contextlib.contextmanager
-def _stuck(url: str) -> Iterator[None]:
-    """Hold a transaction open that has written something, with its snapshot."""
-    with connect(url, application_name=OUR_APPLICATION) as db:
-        db.execute("create table if not exists bench_stuck (n int)")
-        db.execute("begin isolation level repeatable read")
-        db.execute("insert into bench_stuck values (1)")
-        yield
-        db.execute("rollback")
