@@ -604,6 +604,11 @@ SESSIONS = [
         *integration("engine_cancels", "an_undo_in_which_a_worker_died_goes_on_when_the_run_is_cancelled"),
     ),
     mutant(
+        "what is undone after waiting is new", "it is taken for begun", "worker/replay/driver.py",
+        "        self._settling = None\n        self._live = True\n", "        self._settling = None\n",
+        *integration("engine_calls", "what_completed_while_its_run_was_failing_is_undone_in_the_queue_of_its_undo"),
+    ),
+    mutant(
         "calls in flight are settled once", "whenever an undo is resumed", "worker/replay/driver.py",
         "if paths and not self._cursor.has_begun_undo():", "if paths:",
         *unit("replay_undo", "an_undo_that_has_begun_is_resumed_wherever_it_was_interrupted"),

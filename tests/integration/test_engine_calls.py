@@ -495,6 +495,48 @@ async def test_however_a_run_goes_wrong_its_transactional_undo_happens_once(lab:
     assert rows == [(1, "booked"), (1, "not b1"), (2, "booked"), (2, "not b2"), (3, "booked"), (3, "not b3")]
 
 
+@pytest.mark.parametrize("cancelled", [False, True], ids=["in peace", "though it is cancelled meanwhile"])
+async def test_what_completed_while_its_run_was_failing_is_undone_in_the_queue_of_its_undo(
+    lab: Lab, cancelled: bool
+) -> None:
+    charging, refunding = Gate(), Gate()
+    done = Ledger()
+    with collecting() as registry:
+
+        @step(queue="elsewhere")
+        async def refund() -> None:
+            done.note("refund")
+            await refunding.passed()
+
+        @step(undo=refund)
+        async def charge() -> None:
+            await charging.passed()
+            done.note("charge")
+
+        @step
+        async def fail() -> None:
+            await charging.reached()
+            raise ValueError("no")
+
+        @workflow
+        async def flow() -> None:
+            await gather(fail(), charge())
+
+    async with lab.engine(registry, queues=["default", "elsewhere"]):
+        run = await lab.enqueue(flow)
+        await recorded(lab, "fail")
+        await lab.waits(run)
+        charging.open()
+        await refunding.reached()
+        if cancelled:
+            await lab.cancel(run)
+            await lab.waits(run)
+        refunding.open()
+        assert (await lab.ended(run)).state == "failed"
+        assert await lab.execute("select count(*) from stepwell.tasks") == [(0,)]
+    assert [name for name, _, _ in done] == ["charge", "refund"]
+
+
 @pytest.mark.parametrize("reason", ["a second cancellation", "the deadline"])
 async def test_steps_that_clean_up_side_by_side_are_not_cut_short(lab: Lab, reason: str) -> None:
     gate = Gate()

@@ -210,7 +210,8 @@ class Advance(Claimed):
                 after = self._prepared_await(decision, turn)
             elif type(decision) is Settle and not decision.fresh and not self._standing.pending:
                 assert self._replay is not None
-                after = msgspec.structs.replace(turn, decision=self._replay.settled())
+                # An undo that is a task of its own may have been made here before, and be over since this was read.
+                after = msgspec.structs.replace(turn, decision=self._replay.settled(), strict=True)
             else:
                 break
             if type(after.decision) is type(decision) and after is turn:

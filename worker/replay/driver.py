@@ -165,8 +165,12 @@ class Replay(Asides):
         return self._decided()
 
     def settled(self) -> Decision:
-        """Go on to the undo: nobody executes a call any more of which it has to know how it ends."""
+        """Go on to the undo: nobody executes a call any more of which it has to know how it ends.
+
+        What it calls from here on is not written down: a drive that was stopped here every time has come no further.
+        """
         self._settling = None
+        self._live = True
         before = self._guard.enter()
         try:
             self._runnable.append((self._main_strand, None))
