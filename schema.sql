@@ -1263,6 +1263,18 @@ as $$
         select from stepwell.outbox o where o.run_id = run and o.epoch = in_epoch and o.path = '{}' and o.n = 2)
 $$;
 
+-- Whether a run that was in one epoch is in another one because it has started anew, and for no other reason.
+create function stepwell.has_only_continued(run uuid, in_epoch int, to_epoch int) returns boolean
+    language sql stable
+    set search_path = pg_catalog, stepwell, pg_temp
+    set enable_seqscan = off set enable_bitmapscan = off
+as $$
+    select to_epoch > in_epoch and not exists (
+        select from stepwell.outbox o
+        where o.run_id = run and o.epoch > in_epoch and o.path = '{}' and o.n = 1 and o.kind = 'epoch'
+          and o.outcome <> 'continue')
+$$;
+
 -- How many bytes a value has as text, without reading it: all are stored as they are, but for one that came compressed
 -- from a table of somebody's.
 create function stepwell.size_of(value json) returns int
@@ -2044,11 +2056,12 @@ begin
         delete from signals s where s.run_id = any (gone);
     end if;
 
-    -- One in a later epoch was not meant, and a second one changes nothing: what cleans up is not cut short.
+    -- One in a later epoch was not meant, unless the run has only started anew since; and a second one changes nothing:
+    -- what cleans up is not cut short.
     select array_agg(x.run_id) into meant
     from unnest(items) x
     join tasks w on w.id = any (applied) and w.id = x.task and w.name = 'cancel'
-    join runs r on r.id = x.run_id and r.epoch = x.epoch
+    join runs r on r.id = x.run_id and (r.epoch = x.epoch or has_only_continued(r.id, x.epoch, r.epoch))
     where r.id = any (array(select w.run_id from unnest(items) w where w.then = 'wake'))
       and not noted_cancelled(r.id, r.epoch);
     if meant is not null then

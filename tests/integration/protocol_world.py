@@ -268,9 +268,7 @@ class World:
         return {each for each, (to, name) in self.mail.items() if to == run and name in awaits}
 
     def _cancel(self, me: int, wakes: Sequence[Wake]) -> None:
-        meant = {
-            wake.run for wake in wakes if wake.signal is None and wake.epoch == self.runs[wake.run].epoch
-        }
+        meant = {wake.run for wake in wakes if wake.signal is None and self._is_meant(wake)}
         for run in meant:
             epoch, task = self.runs[run].epoch, self.runs[run].task
             if task is None or (run, epoch, (), 2) in self.history:
@@ -283,6 +281,11 @@ class World:
                 task.readied()
             else:
                 self.told.add(task.owner)
+
+    def _is_meant(self, wake: Wake) -> bool:
+        """Tell whether the run is still in the epoch that is to be cancelled, or has only started anew since."""
+        since = range(wake.epoch + 1, self.runs[wake.run].epoch + 1)
+        return all(self.history[wake.run, epoch, (), 1].outcome == "continue" for epoch in since)
 
     def _end(self, run: UUID, state: str, me: int) -> None:
         """End a run in a way that no claimant decided."""

@@ -14,7 +14,7 @@ from tenacity import stop_after_attempt, wait_none
 
 from tests.effects import Gate
 from tests.engines import Lab, Running, until
-from worker import Cancelled, current_step, retrying, sleep, step, workflow
+from worker import Cancelled, continue_as, current_step, retrying, sleep, step, wait_signal, workflow
 from worker.definitions import Registry, Workflow, collecting
 from worker.engine.transitions import Writing
 
@@ -321,6 +321,33 @@ async def test_a_cancellation_of_a_run_that_has_ended_changes_nothing(lab: Lab) 
 
         await until(lambda: applied(lab))
         assert (await lab.run(run)).state == "succeeded"
+
+
+async def test_a_run_that_starts_anew_before_its_cancellation_comes_is_cancelled(lab: Lab) -> None:
+    with collecting() as registry:
+
+        @workflow
+        async def rounds(n: int) -> None:
+            await wait_signal("on")
+            continue_as(n + 1)
+
+    async with lab.engine(registry):
+        run = await lab.enqueue(rounds, {"n": 0})
+        await lab.waits(run)
+        other = Lab(lab.url)
+        await other.execute("begin")
+        await other.cancel(run)  # asked in the first round, committed in the third
+        for _ in range(2):
+            await lab.execute("select stepwell.signal(%s, 'on')", [run])
+
+        async def third() -> bool:
+            return await lab.execute("select epoch from stepwell.runs") == [(2,)]
+
+        await until(third)
+        await lab.waits(run)
+        await other.execute("commit")
+        await other.__aexit__()
+        assert (await lab.ended(run)).state == "cancelled"
 
 
 # -- while what was done is being undone
