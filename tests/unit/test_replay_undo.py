@@ -179,3 +179,23 @@ def test_a_body_that_cleans_up_and_fails_before_its_fresh_start_has_failed() -> 
             raise ValueError("no")
 
     assert isinstance(drive(body).start(), Fail)
+
+
+@pytest.mark.parametrize("error", [None, {"type": "DeadlineExceeded", "message": "late"}])
+def test_a_body_that_would_start_anew_when_it_is_cancelled_ends_as_any_other(
+    error: dict[str, Any] | None,
+) -> None:
+    async def body() -> None:
+        await charge(1)
+        try:
+            await sleep(1000)
+        finally:
+            continue_as()
+
+    replay = drive(body, done((1,), "charge", "r1"))
+    replay.start()
+    ending = record((), "flow", n=2, kind="cancel", outcome="cancelled", error=error, seq=2)
+    decision = replay.deliver(ending)
+    assert isinstance(decision, DoStep)
+    assert decision.path == (1, 0)
+    assert isinstance(replay.deliver(done((1, 0), "refund")), Fail if error else Cancel)

@@ -264,10 +264,10 @@ class Replay(Asides):
     def _raised(self, error: BaseException) -> Decision | None:
         if self._stop is not None:
             return self._verdict
-        if self._successor is not None and isinstance(error, ContinuedError):
-            return Continue(self._successor)
         if self._cancelled is not None:
             return self._cancelled
+        if self._successor is not None and isinstance(error, ContinuedError):
+            return Continue(self._successor)
         if isinstance(error, Exception):
             explained = self._guard.explain(error)
             left = self._left_before_undo()
