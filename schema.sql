@@ -1275,6 +1275,23 @@ as $$
           and o.outcome <> 'continue')
 $$;
 
+-- Whether a run in this epoch is to be cancelled, whoever knows of it yet.
+create function stepwell.is_cancelled(run uuid, in_epoch int) returns boolean
+    language sql stable
+    set search_path = pg_catalog, stepwell, pg_temp
+    set enable_seqscan = off set enable_bitmapscan = off
+as $$
+    select stepwell.noted_cancelled(run, in_epoch)
+           or exists (select from stepwell.tasks t
+                      where t.run_id = run and t.path = '{}' and t.kind not in ('wake', 'deliver') and t.cancelling)
+           or exists (select from stepwell.tasks t
+                      where t.state = 'ready' and t.queue = 'stepwell' and t.priority = 0 and not t.fresh
+                        and t.run_id = run and t.name = 'cancel' and (t.args ->> 'epoch')::int = in_epoch)
+           or exists (select from stepwell.tasks t
+                      where t.state = 'claimed' and t.kind = 'wake'
+                        and t.run_id = run and t.name = 'cancel' and (t.args ->> 'epoch')::int = in_epoch)
+$$;
+
 -- How many bytes a value has as text, without reading it: all are stored as they are, but for one that came compressed
 -- from a table of somebody's.
 create function stepwell.size_of(value json) returns int
@@ -1777,7 +1794,8 @@ end
 $$;
 
 -- Part of spread_v1: make the run that a call of a workflow is. One that was made before, in an earlier epoch, is
--- opened again if it did not succeed, for the parent was retried because of that.
+-- opened again if it did not succeed, for the parent was retried because of that. One that still cleans up after the
+-- cancellation of its parent does so by itself, and another one is made.
 create function stepwell.call_child_v1(
     of_task bigint, of_run uuid, at_path int[], workflow text, version text, on_queue text, input json,
     is_counted boolean, is_detached boolean, is_begun boolean, deadline float8)
@@ -1794,8 +1812,11 @@ declare
     as_signal constant text := 'stepwell:child:' || array_to_string(at_path, '.');
 begin
     select * into parent from runs r where r.id = of_run;
-    select * into child from runs r where r.parent_id = of_run and r.parent_path = at_path;
-    if found then
+    select * into child from runs r
+    where r.parent_id = of_run and r.parent_path = at_path for update;      -- it may be ending just now
+    if found and child.state = 'open' and is_cancelled(child.id, child.epoch) then
+        update runs r set parent_path = null where r.id = child.id;
+    elsif found then
         -- What it is about to report is waited for anew; what it has reported was.
         is_counted := coalesce(is_counted, false)
                       and (child.state <> 'succeeded'

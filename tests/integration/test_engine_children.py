@@ -373,6 +373,94 @@ async def test_a_run_that_is_rewound_to_a_later_await_is_answered_again(lab: Lab
     replays_alike(lab, run, flow)
 
 
+async def test_a_started_child_that_was_cancelled_with_its_parent_goes_on_with_it(lab: Lab) -> None:
+    done = Ledger()
+    with collecting() as registry:
+
+        @step
+        async def count(name: str) -> None:
+            done.note(name)
+
+        @workflow
+        async def kid() -> int:
+            await count("kid")
+            return int(await wait_signal("on"))
+
+        @workflow
+        async def parent(beside: bool) -> int:
+            handle = start(kid)
+            if beside:
+                await count("parent")
+            return int(await handle)
+
+    async with lab.engine(registry):
+        for beside in (False, True):
+            run = await lab.enqueue(parent, {"beside": beside})
+            await _waiting_child(lab, run)
+            await lab.cancel(run)
+            assert (await lab.ended(run)).state == "cancelled"
+            await ended_children(lab)
+            assert await lab.retry(run) == 1
+            child = await _waiting_child(lab, run)
+            await lab.execute("select stepwell.signal(%s, 'on', '7')", [child])
+            assert await lab.succeeded(run) == 7
+            replays_alike(lab, run, parent)
+    assert sorted(name for name, _, _ in done) == ["kid", "kid", "parent"]
+
+
+async def _waiting_child(lab: Lab, run: UUID) -> UUID:
+    """Return the child of a run, when it waits for its signal and the run for it."""
+    found: list[UUID] = []
+
+    async def waits() -> bool:
+        rows = await lab.execute(
+            "select r.id from stepwell.runs r join stepwell.tasks t on t.run_id = r.id and t.state = 'waiting'"
+            " where r.parent_id = %s and r.parent_path is not null and t.awaits = array['on'] and not t.cancelling",
+            [run],
+        )
+        found[:] = [row[0] for row in rows]
+        return bool(found)
+
+    await wait_until_async(waits, what="the child to wait for its signal")
+    await lab.waits(run)
+    return found[0]
+
+
+async def test_a_run_that_is_retried_while_its_started_child_still_cleans_up_starts_another(lab: Lab) -> None:
+    gate = Gate()
+    with collecting() as registry:
+
+        @step
+        async def refund() -> None:
+            await gate.passed()
+
+        @step(undo=refund)
+        async def charge() -> None: ...
+
+        @workflow
+        async def kid() -> int:
+            await charge()
+            return int(await wait_signal("on"))
+
+        @workflow
+        async def parent() -> int:
+            return int(await start(kid))
+
+    async with lab.engine(registry):
+        run = await lab.enqueue(parent)
+        first_child = await _waiting_child(lab, run)
+        await lab.cancel(run)
+        assert (await lab.ended(run)).state == "cancelled"
+        await gate.reached()
+        assert await lab.retry(run) == 1
+        second_child = await _waiting_child(lab, run)
+        gate.open()
+        assert (await lab.ended(first_child)).state == "cancelled"
+        await lab.execute("select stepwell.signal(%s, 'on', '7')", [second_child])
+        assert await lab.succeeded(run) == 7
+    assert first_child != second_child
+
+
 # -- first in, first out -------------------------------------------------------------------------------
 
 

@@ -60,6 +60,7 @@ class Run:
         self.flow = flow
         self.input = msgspec.json.encode(input).decode()
         self.history: list[Record] = []
+        self.driven = -1
         self.inbox: list[Mail] = []
 
     def look(self, *sent: Mail) -> Decision:
@@ -68,7 +69,7 @@ class Run:
         standing = Standing(
             claim(seq=len(self.history), epoch=0, cancelling=False), self.history, time.monotonic()
         )
-        replay = Replay(self.flow, self.input, FACTS, list(self.history))
+        replay = Replay(self.flow, self.input, FACTS, list(self.history), driven=self.driven)
         mailbox = Mailbox(self.inbox)
         decision = replay.start()
         while isinstance(decision, Await):
@@ -80,6 +81,7 @@ class Run:
             assert len(gone) == taken.signals
             self.inbox = [mail for mail in self.inbox if mail.id not in gone]
             decision = replay.decide()
+        self.driven = len(self.history)
         replay.close()
         return decision
 
@@ -158,6 +160,7 @@ def test_a_child_that_failed_fails_every_await() -> None:
         return [type(each).__name__ for each in errors]
 
     run = Run(flow_of(body))
+    run.look()
     assert run.look(result(1, "1", None, "failed")) == Finish('["RunFailed","RunFailed","RunFailed"]')
     assert run.look() == Finish('["RunFailed","RunFailed","RunFailed"]')
 
@@ -170,7 +173,20 @@ def test_a_second_result_of_a_child_changes_no_answer() -> None:
         return [type(each).__name__ for each in await gather(handle, handle, return_errors=True)]
 
     run = Run(flow_of(body))
+    run.look()
     assert run.look(result(1, "1", None, "failed"), result(2, "1", 5)) == Finish('["RunFailed","RunFailed"]')
+
+
+@pytest.mark.parametrize("state", ["failed", "cancelled"])
+def test_a_child_that_had_gone_wrong_before_a_retry_is_begun_again_and_waited_for(state: str) -> None:
+    async def body() -> Any:
+        return await start(child, 1)
+
+    run = Run(flow_of(body))
+    assert isinstance(run.look(result(1, "1", None, state)), Await)
+    assert run.history == []
+    succeeded = Run(flow_of(body))
+    assert succeeded.look(result(1, "1", None, state), result(2, "1", 5)) == Finish("5")
 
 
 def test_an_answer_that_is_known_is_given_before_what_came_after_it() -> None:

@@ -127,7 +127,11 @@ class _Waiting:
         name = _name_of(call)
         if isinstance(call, AwaitChild) and self._replay.answer(call.of) is not None:
             self._answered.append(call)
-        elif mail := self._mail.get(name):
+            return
+        if isinstance(call, AwaitChild) and self._replay.begins(call.of) and name in self._mail:
+            # It is begun again because it had failed, or was cancelled with its parent, and will tell anew.
+            self._mail[name] = deque(each for each in self._mail[name] if not _tells_of_failure(each))
+        if mail := self._mail.get(name):
             if name not in self._calls:
                 self._calls[name] = deque()
                 heappush(self._oldest, (mail[0].id, name))
@@ -172,6 +176,10 @@ class _Waiting:
             heappush(self._oldest, (mail[0].id, sent.name))
         else:
             del self._calls[sent.name]
+
+
+def _tells_of_failure(mail: Mail) -> bool:
+    return mail.payload is not None and msgspec.json.decode(mail.payload, type=_Result).state != "succeeded"
 
 
 def _name_of(call: _Addressed) -> str:

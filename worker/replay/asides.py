@@ -35,7 +35,16 @@ class ContinuedError(BaseException):
 class Asides(Course):
     """A course with what happens beside it. `attempted`: an earlier claim may have come to the first call."""
 
-    __slots__ = ("_answers", "_attempted", "_draws", "_emitted", "_held_back", "_patches", "_successor")
+    __slots__ = (
+        "_answers",
+        "_attempted",
+        "_begun",
+        "_draws",
+        "_emitted",
+        "_held_back",
+        "_patches",
+        "_successor",
+    )
 
     def __init__(
         self,
@@ -51,6 +60,7 @@ class Asides(Course):
         self._draws = self._emitted = 0
         self._successor: str | None = None
         self._held_back: dict[Path, Starting] = {}
+        self._begun: set[Path] = set()
         self._answers: dict[Path, Record] = {}
         self._patches: dict[str, bool] = dict.fromkeys(self._cursor.patches, True)
 
@@ -123,6 +133,7 @@ class Asides(Course):
         call.ask(())  # nothing is recorded of a start
         path = strand.next_path()
         if self.fresh:
+            self._begun.add(path)
             starting = Starting(path, workflow, call.input, detached, deadline)
             if self._driven < 0 and self._cursor.left_over() is not None:
                 self._held_back[path] = starting
@@ -137,6 +148,10 @@ class Asides(Course):
         """
         self._held_back.pop(of, None)
         self._answers[of] = record
+
+    def begins(self, of: Path) -> bool:
+        """Tell whether the child of a path is begun in this drive: what is known of its failure is of before a retry."""
+        return of in self._begun
 
     def has_answers(self) -> bool:
         """Tell whether something is recorded of any child that was begun."""
