@@ -2001,38 +2001,42 @@ begin
 end
 $$;
 
--- Part of settle_v1: ready as many further items of a window as were done. The run's task is locked.
+-- Part of settle_v1: ready as many further items of a window as were done. The run's task is locked. After a retry not
+-- every number has a task: what is recorded was done before.
 create function stepwell.release_next_v1(done bigint[]) returns void
     language plpgsql
     set search_path = pg_catalog, stepwell, pg_temp
     set plan_cache_mode = force_generic_plan
-    set enable_seqscan = off set enable_bitmapscan = off set jit = off
+    set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
 as $$
 #variable_conflict use_column
 declare
     w    record;
     last int;
-    rung text;
+    item tasks;
 begin
     for w in
         select t.run_id, t.path[1:cardinality(t.path) - 2] as path, count(*)::int as count
         from tasks t where t.id = any (done) and t.windowed group by 1, 2
     loop
-        update tasks t set position = t.position + w.count
-        where t.run_id = w.run_id and t.path = w.path and t.kind not in ('wake', 'deliver') and t.kind = 'window'
-        returning t.position into last;
+        select t.position into last from tasks t
+        where t.run_id = w.run_id and t.path = w.path and t.kind not in ('wake', 'deliver') and t.kind = 'window';
         continue when not found;
         -- One by one: to find several at once the planner reads all items of the run.
-        for k in last - w.count + 1 .. last loop
+        for k in 1 .. w.count loop
+            select * into item from tasks t
+            where t.run_id = w.run_id and t.path >= w.path || (last + 1) and t.path < beyond(w.path)
+              and t.kind not in ('wake', 'deliver') and t.kind = 'step' and t.state = 'waiting' and t.attempt = 0
+            order by t.run_id, t.path limit 1;
+            exit when not found;
+            last := item.path[cardinality(item.path) - 1];
             update tasks t
             set state = case when t.paused then 'paused' else 'ready' end, turn = nextval('stepwell.turns')
-            where t.run_id = w.run_id and t.path = w.path || array[k, 1] and t.kind not in ('wake', 'deliver')
-              and t.kind = 'step' and t.state = 'waiting' and t.attempt = 0
-            returning t.queue into rung;
-            if found then
-                perform ring(rung);
-            end if;
+            where t.id = item.id;
+            perform ring(item.queue);
         end loop;
+        update tasks t set position = last
+        where t.run_id = w.run_id and t.path = w.path and t.kind not in ('wake', 'deliver') and t.kind = 'window';
     end loop;
 end
 $$;

@@ -609,6 +609,17 @@ SESSIONS = [
         *integration("engine_calls", "what_completed_while_its_run_was_failing_is_undone_in_the_queue_of_its_undo"),
     ),
     mutant(
+        "a window goes on where it was", "it begins with the first items, done or not", "worker/engine/spreading.py",
+        "return sorted(left)[: window.limit][-1]", "return window.limit",
+        *integration("engine_calls", "a_run_that_is_retried_goes_on_in_the_middle_of_its_window"),
+    ),
+    mutant(
+        "a child that is begun again tells anew", "what it said before is believed", "worker/engine/mailbox.py",
+        "if isinstance(call, AwaitChild) and self._replay.begins(call.of) and name in self._mail:",
+        "if False:",
+        *integration("engine_children", "a_started_child_that_was_cancelled_with_its_parent_goes_on_with_it"),
+    ),
+    mutant(
         "calls in flight are settled once", "whenever an undo is resumed", "worker/replay/driver.py",
         "if paths and not self._cursor.has_begun_undo():", "if paths:",
         *unit("replay_undo", "an_undo_that_has_begun_is_resumed_wherever_it_was_interrupted"),

@@ -121,6 +121,36 @@ async def test_no_more_than_the_limit_are_executed_at_a_time(lab: Lab) -> None:
     assert max(most) <= 3
 
 
+@pytest.mark.parametrize("items", [4, 9])
+async def test_a_run_that_is_retried_goes_on_in_the_middle_of_its_window(lab: Lab, items: int) -> None:
+    gate = Gate()
+    done: list[int] = []
+    with collecting() as registry:
+
+        @step
+        async def item(n: int) -> int:
+            if n > 1:
+                await gate.passed()
+            done.append(n)
+            return n
+
+        @workflow
+        async def flow() -> list[int]:
+            return await map(item, range(items), limit=2)
+
+    async with lab.engine(registry):
+        run = await lab.enqueue(flow)
+        await gate.reached(2)
+        await lab.cancel(run)
+        assert (await lab.ended(run)).state == "cancelled"
+        assert sorted(done) == [0, 1]
+        assert await lab.retry(run) == 1
+        await gate.reached(4)
+        gate.open()
+        assert await lab.succeeded(run) == list(range(items))
+    assert done.count(0) == done.count(1) == 1
+
+
 async def test_a_failure_ends_its_join_and_what_has_not_started_is_not_executed(lab: Lab) -> None:
     ledger = Ledger()
     with collecting() as registry:

@@ -32,6 +32,7 @@ from tests.protocol import (
     step_at,
     timer_at,
 )
+from worker.engine.transitions import TaskRow
 
 
 @pytest.fixture
@@ -409,6 +410,18 @@ def test_as_many_are_readied_as_are_done_in_one_flush_and_none_behind_the_last(
         if steps:
             worker.flush(*(completed(each) for each in steps))
     assert (lab.task(run.task), pending(lab, run)) == ("ready", 0)
+
+
+def test_the_items_of_a_window_that_were_done_before_a_retry_are_passed_over(
+    lab: Lab, worker: Worker
+) -> None:
+    window = TaskRow(kind="window", path=(1,), name="window", released=1)
+    rows = [step_at(1, k, 1, windowed=True, held=k > 1) for k in (1, 3, 6, 7)]
+    joined(lab, worker, window, *rows)
+    for k in (1, 3, 6, 7):
+        (item,) = worker.claim(5)
+        assert item.claim.path == [1, k, 1]
+        worker.apply(item, completed(item))
 
 
 def test_a_window_is_never_wider_than_its_limit_whoever_flushes(lab: Lab, worker: Worker) -> None:

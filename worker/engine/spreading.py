@@ -28,17 +28,16 @@ def spread(awaiting: Await, standing: Standing) -> tuple[Spread, tuple[Extra, ..
     """Return how to park, and the rows for the calls that no drive has come to before."""
     counted = None if standing.pending else _counted(awaiting)
     alone = len(awaiting.waits) == 1
-    windows = {window.path: window for window in awaiting.windows}
+    released = {window.path: _released(awaiting, window) for window in awaiting.windows}
     rows: list[Extra] = [
-        TaskRow(kind="window", path=each.path, name="window", released=each.limit)
-        for each in awaiting.windows
+        TaskRow(kind="window", path=path, name="window", released=last) for path, last in released.items()
     ]
     awaits: set[str] = set()
     seconds: float | None = None
     for wait in awaiting.waits:
         match wait.call:
             case DoStep() as step if wait.fresh:
-                rows.append(_step_row(step, wait, counted, windows.get(wait.join) if wait.join else None))
+                rows.append(_step_row(step, wait, counted, released.get(wait.join) if wait.join else None))
             case Sleep() as sleep if wait.fresh:
                 rows.append(_sleep_row(sleep))
             case TakeSignal() as signal:
@@ -106,13 +105,19 @@ def _can_count(call: Asked) -> bool:
     return isinstance(call, DoStep) or (isinstance(call, AwaitChild) and call.starts)
 
 
-def _step_row(step: DoStep, wait: Wait, counted: Path | None, window: Window | None) -> TaskRow:
+def _released(awaiting: Await, window: Window) -> int:
+    """Return the number of the last item that a window lets begin at once: of those that are left, after a retry."""
+    left = [wait.call.path[-2] for wait in awaiting.waits if wait.fresh and wait.join == window.path]
+    return sorted(left)[: window.limit][-1]
+
+
+def _step_row(step: DoStep, wait: Wait, counted: Path | None, released: int | None) -> TaskRow:
     wakes = ALWAYS
     if wait.alone and wait.join == counted:
         wakes = COUNTED_FAILING if wait.fails_fast else COUNTED
     return TaskRow(
         kind="step", path=step.path, name=step.step.claimed_as, queue=step.step.queue, args=_raw(step.arguments),
-        wakes=wakes, windowed=window is not None, held=window is not None and step.path[-2] > window.limit,
+        wakes=wakes, windowed=released is not None, held=released is not None and step.path[-2] > released,
     )  # fmt: skip
 
 
