@@ -84,7 +84,7 @@ create table stepwell.runs (
     constraint runs_input_object   check (json_typeof(input) = 'object'),
     constraint runs_state_known    check (state in ('open', 'succeeded', 'failed', 'cancelled', 'blocked')),
     constraint runs_ends_have_time check ((state = 'open') = (finished_at is null))
-) with (fillfactor = 85);
+) with (fillfactor = 60);
 
 alter table stepwell.runs alter column input set storage external, alter column output set storage external;
 
@@ -163,7 +163,7 @@ create table stepwell.tasks (
     constraint tasks_state_known   check (state in ('ready', 'claimed', 'waiting', 'shelved', 'suspect', 'paused')),
     constraint tasks_claim_owned   check ((state = 'claimed') = (claimed_by is not null)),
     constraint tasks_pending_count check (pending >= 0)
-) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,
         autovacuum_analyze_scale_factor = 0.1, autovacuum_vacuum_cost_delay = 0);
 
 alter table stepwell.tasks alter column args set storage external;
