@@ -1281,7 +1281,7 @@ create function stepwell.is_cancelled(run uuid, in_epoch int) returns boolean
     set search_path = pg_catalog, stepwell, pg_temp
     set enable_seqscan = off set enable_bitmapscan = off
 as $$
-    select stepwell.noted_cancelled(run, in_epoch)
+    select exists (select from stepwell.standing(run) s where s.kind = 'cancel')    -- a retry of its undo keeps it
            or exists (select from stepwell.tasks t
                       where t.run_id = run and t.path = '{}' and t.kind not in ('wake', 'deliver') and t.cancelling)
            or exists (select from stepwell.tasks t
@@ -1795,7 +1795,7 @@ $$;
 
 -- Part of spread_v1: make the run that a call of a workflow is. One that was made before, in an earlier epoch, is
 -- opened again if it did not succeed, for the parent was retried because of that. One that still cleans up after the
--- cancellation of its parent does so by itself, and another one is made.
+-- cancellation of its parent, or is blocked in that, does so by itself, and another one is made.
 create function stepwell.call_child_v1(
     of_task bigint, of_run uuid, at_path int[], workflow text, version text, on_queue text, input json,
     is_counted boolean, is_detached boolean, is_begun boolean, deadline float8)
@@ -1814,7 +1814,7 @@ begin
     select * into parent from runs r where r.id = of_run;
     select * into child from runs r
     where r.parent_id = of_run and r.parent_path = at_path for update;      -- it may be ending just now
-    if found and child.state = 'open' and is_cancelled(child.id, child.epoch) then
+    if found and child.state in ('open', 'blocked') and is_cancelled(child.id, child.epoch) then
         update runs r set parent_path = null where r.id = child.id;
     elsif found then
         -- What it is about to report is waited for anew; what it has reported was.

@@ -426,12 +426,18 @@ async def _waiting_child(lab: Lab, run: UUID) -> UUID:
     return found[0]
 
 
-async def test_a_run_that_is_retried_while_its_started_child_still_cleans_up_starts_another(lab: Lab) -> None:
+@pytest.mark.parametrize("how", ["still cleans up", "is blocked in that", "goes on after that"])
+async def test_a_run_that_is_retried_while_its_started_child_cleans_up_starts_another(
+    lab: Lab, how: str
+) -> None:
     gate = Gate()
+    broken = [how != "still cleans up"]
     with collecting() as registry:
 
         @step
         async def refund() -> None:
+            if broken.pop():
+                raise ConnectionError("down")
             await gate.passed()
 
         @step(undo=refund)
@@ -451,9 +457,17 @@ async def test_a_run_that_is_retried_while_its_started_child_still_cleans_up_sta
         first_child = await _waiting_child(lab, run)
         await lab.cancel(run)
         assert (await lab.ended(run)).state == "cancelled"
-        await gate.reached()
+        if how != "still cleans up":
+            assert (await lab.ended(first_child)).state == "blocked"
+        broken.append(False)
+        if how == "goes on after that":
+            assert await lab.retry(first_child) == 1
+        if how != "is blocked in that":
+            await gate.reached()
         assert await lab.retry(run) == 1
         second_child = await _waiting_child(lab, run)
+        if how == "is blocked in that":
+            assert await lab.retry(first_child) == 1
         gate.open()
         assert (await lab.ended(first_child)).state == "cancelled"
         await lab.execute("select stepwell.signal(%s, 'on', '7')", [second_child])
