@@ -16,7 +16,7 @@ from outbox.errors import PayloadError, RunFailed
 from tests.effects import Gate, Ledger
 from tests.engines import Lab, parking
 from tests.waiting import wait_until_async
-from worker import continue_as, first, gather, sleep, start, step, wait_signal, workflow
+from worker import continue_as, current_step, first, gather, sleep, start, step, wait_signal, workflow
 from worker.definitions import Registry, Workflow, collecting
 from worker.engine.recorded import from_database
 from worker.engine.transitions import Writing
@@ -473,6 +473,49 @@ async def test_a_run_that_is_retried_while_its_started_child_cleans_up_starts_an
         await lab.execute("select stepwell.signal(%s, 'on', '7')", [second_child])
         assert await lab.succeeded(run) == 7
     assert first_child != second_child
+
+
+@pytest.mark.parametrize("undone", [1, 2], ids=["the first undo fails", "the second undo fails"])
+async def test_a_retry_of_an_undo_begins_no_child_again(lab: Lab, undone: int) -> None:
+    done = Ledger()
+    with collecting() as registry:
+
+        @step
+        async def refund(n: int) -> None:
+            done.note(f"refund {n}")
+            if current_step().execution == 1 and n + undone == 3:
+                raise ConnectionError("down")
+
+        @step(undo=refund)
+        async def charge(n: int) -> None: ...
+
+        @step
+        async def fail() -> None:
+            done.note("kid")
+            raise ValueError("no")
+
+        @workflow
+        async def kid() -> None:
+            await fail()
+
+        @workflow
+        async def parent() -> None:
+            await charge(1)
+            start(kid)
+            await charge(2)
+            await wait_signal("on")
+            raise ValueError("no")
+
+    async with lab.engine(registry):
+        run = await lab.enqueue(parent)
+        await lab.waits(run)
+        await ended_children(lab)
+        await lab.execute("select stepwell.signal(%s, 'on')", [run])
+        assert (await lab.ended(run)).state == "blocked"
+        assert await lab.retry(run) == 1
+        assert (await lab.ended(run)).state == "failed"
+        await ended_children(lab)
+    assert [name for name, _, _ in done].count("kid") == 1
 
 
 # -- first in, first out -------------------------------------------------------------------------------

@@ -149,6 +149,12 @@ class Asides(Course):
         self._held_back.pop(of, None)
         self._answers[of] = record
 
+    def begin_nobody(self) -> None:
+        """Have no child begun by this drive: it goes on where all were begun that ever will be."""
+        self._held_back.clear()
+        if self._effects is not None:
+            self._effects.starting.clear()
+
     def begins(self, of: Path) -> bool:
         """Tell whether the child of a path is begun in this drive: what is known of its failure is of before a retry."""
         return of in self._begun

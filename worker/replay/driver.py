@@ -296,6 +296,8 @@ class Replay(Asides):
     def _undone(self, decision: Decision) -> Decision | None:
         """Undo the completed steps, then let the decision stand. One that cannot be undone needs a person."""
         self._undoing_now = True
+        if self._cursor.has_begun_undo():
+            self.begin_nobody()
         main = self._main_strand
         undoing = self._undoing
         if undoing is None:
