@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,17 +43,18 @@ class Fleet:
     """Supervisors with their workers on one database. `home` holds the ledger and the gates.
 
     `workers_url` is by which way the workers reach the database, if it is another one. With `metrics` each supervisor
-    serves its metrics.
+    serves its metrics; `queues` are those that all of them serve.
     """
 
     def __init__(
         self, url: str, home: Path, *, app: Path = APP, workers_url: str = "", metrics: bool = False,
-        environment: Mapping[str, str] | None = None, **settings: Any,
+        queues: Sequence[str] = ("default",), environment: Mapping[str, str] | None = None, **settings: Any,
     ) -> None:  # fmt: skip
         self.home = home
         self._app = app
         self._url = url
         self._arguments = ["--metrics-port", "0", "--metrics-host", "127.0.0.1"] if metrics else []
+        self._arguments += [each for queue in queues for each in ("--queue", queue)]
         self.db = psycopg.connect(url, autocommit=True)
         self.db.execute("create table saved (run uuid, name text, size int)")
         self._supervisors: list[subprocess.Popen[bytes]] = []

@@ -1,26 +1,32 @@
-"""Random programs, run undisturbed and then among random kills: both must come out alike.
+"""Random programs, run undisturbed and then among kills, pauses, cancellations and deadlines, all of them random.
+
+However they are disturbed, they must come out alike, or else cancelled or late, with what they did undone.
 
 `STEPWELL_PROGRAMS` says how many, `STEPWELL_SEED` which: a failure names both.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import re
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
+from psycopg import sql
+from psycopg.types.json import Json
 
 from tests.crash.fleet import ROOT, Fleet
-from tests.crash.programs import Maker, Node, chancy_of, signals_of
+from tests.crash.programs import SIDE, Maker, Node, careful_of, chancy_of, signals_of
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.crash
@@ -30,8 +36,14 @@ SEED = int(os.environ.get("STEPWELL_SEED", "20261122"))
 APP = ROOT / "tests" / "crash" / "programs.py"
 BETWEEN_KILLS_SECONDS = (0.05, 0.5)
 KILLS = 12
+SECONDS_OF_MAIL = 4.0
+"""How long signals go on coming."""
+LATE = "outbox.errors.DeadlineExceeded"
 SECONDS_EACH = 0.3
 """What a program may take at most, killed again and again, on a slow machine."""
+
+Mail = defaultdict[UUID, list[tuple[str, str]]]
+"""Signals, by name and payload, and the runs that they are for."""
 
 
 @pytest.fixture
@@ -44,6 +56,7 @@ def fleet(database_url: str, tmp_path: Path) -> Iterator[Fleet]:
         grace_seconds=5.0,
         poison_after=10_000,
         threads=8,
+        queues=("default", SIDE),
     )
     started.db.execute("drop table saved; create table saved (tag text, number int, what text)")
     try:
@@ -57,30 +70,52 @@ def test_random_programs_come_out_alike_whatever_is_killed(fleet: Fleet) -> None
     programs = [Maker(SEED + number).program() for number in range(PROGRAMS)]
     kills = max(KILLS, KILLS * PROGRAMS // 200)
 
-    undisturbed = _ran(fleet, _tagged("calm", programs), kills=0)
-    disturbed = _ran(fleet, _tagged("storm", programs), kills=kills)
-    # Cancelled at any moment, a run is over as it would have been, or cancelled.
-    stopped = _ran(fleet, _tagged("stray", programs[::4]), kills=kills // 3, cancelling=True)
-
-    for number, program in enumerate(programs):
-        named = f"program {number} of seed {SEED}: {program}"
-        calm = _plain(undisturbed[f"calm{number}"], "calm")
-        assert _plain(disturbed[f"storm{number}"], "storm") == calm, named
-        if number % 4 == 0:
-            stray = _plain(stopped[f"stray{number // 4}"], "stray")
-            assert stray[0] == "cancelled" or _renumbered(stray, number // 4, number) == calm, named
+    returned: Mail = defaultdict(list)
+    undisturbed = _ran(fleet, _tagged("calm", programs), returned)
+    disturbed = {
+        "storm": _ran(fleet, _tagged("storm", programs), returned, kills=kills),
+        "idle": _ran(fleet, _tagged("idle", programs, every=4), returned, pausing=True),
+        "stray": _ran(
+            fleet, _tagged("stray", programs, every=4), returned, kills=kills // 3, cancelling=True
+        ),
+        "late": _ran(fleet, _tagged("late", programs, every=4), returned, kills=kills // 3, deadlines=True),
+    }
+    ways_out = {"stray": ("cancelled", None), "late": ("failed", LATE)}
+    for tag, ended in disturbed.items():
+        for each, (state, output, kind, message) in ended.items():
+            number = int(each.removeprefix(tag))
+            calm = _plain(undisturbed[f"calm{number}"], "calm")
+            assert (state, kind) == ways_out.get(tag) or _plain(
+                (state, output, kind, message), tag
+            ) == calm, f"{tag}, program {number} of seed {SEED}: {programs[number]}"
     chancy = {n: set(chancy_of(program)) for n, program in enumerate(programs)}
+    careful = {n: set(careful_of(program)) for n, program in enumerate(programs)}
     assert _saved(fleet, "storm", chancy) == _saved(fleet, "calm", chancy), (
         "what transactional steps did, and undid, exactly once"
     )
     assert _effects(fleet, "storm", chancy).keys() == _effects(fleet, "calm", chancy).keys(), (
         "what other steps did, at least once"
     )
-    assert [each for each, times in _effects(fleet, "calm", chancy).items() if times > 1] == [], (
-        "and once when nothing was killed"
+    assert _repeated(fleet, "calm") == _repeated(fleet, "idle") == [], "and once when nothing was killed"
+    assert [each for each in _repeated(fleet, "storm") if each[1] in careful[each[0]]] == [], (
+        "and once where somebody looks what came of it"
     )
     assert _wrongly_undone(fleet) == []
     assert _keys_are_stable(fleet)
+
+    # Whatever was cancelled or late comes to what it would have come to, once it is retried.
+    disturbed = {
+        tag: _brought_back(fleet, list(disturbed[tag]), returned, kills=kills // 3) for tag in ways_out
+    }
+    for tag, ended in disturbed.items():
+        for each, came_to in ended.items():
+            number = int(each.removeprefix(tag))
+            assert _plain(came_to, tag) == _plain(undisturbed[f"calm{number}"], "calm"), (
+                f"{tag} and brought back, program {number} of seed {SEED}: {programs[number]}"
+            )
+            assert _left_booked(fleet, each, chancy[number]) == _left_booked(
+                fleet, f"calm{number}", chancy[number]
+            )
     assert fleet.db.execute("select count(*) from stepwell.tasks").fetchone() == (0,)
     assert _unrecorded(fleet) == []
     subprocess.run(
@@ -89,33 +124,160 @@ def test_random_programs_come_out_alike_whatever_is_killed(fleet: Fleet) -> None
     )  # fmt: skip
 
 
-def _tagged(tag: str, programs: list[list[Node]]) -> dict[str, list[Node]]:
-    return {f"{tag}{n}": program for n, program in enumerate(programs)}
+def _tagged(tag: str, programs: list[list[Node]], *, every: int = 1) -> dict[str, list[Node]]:
+    return {f"{tag}{n}": programs[n] for n in range(0, len(programs), every)}
 
 
 def _ran(
-    fleet: Fleet, programs: dict[str, list[Node]], kills: int, *, cancelling: bool = False
+    fleet: Fleet,
+    programs: dict[str, list[Node]],
+    returned: Mail,
+    *,
+    kills: int = 0,
+    cancelling: bool = False,
+    pausing: bool = False,
+    deadlines: bool = False,
 ) -> dict[str, tuple[Any, ...]]:
-    """Run the programs, among so many kills; return how each has ended."""
-    runs = {tag: fleet.enqueue("interpret", tag=tag, program=program) for tag, program in programs.items()}
-    for tag, program in programs.items():
-        for signal in signals_of(program):
-            fleet.db.execute("select stepwell.signal(%s, %s, to_json(%s::text))", (runs[tag], signal, signal))
+    """Run the programs, among so many kills; return how each has ended, and signals that came after that.
+
+    `cancelling`: some are cancelled. `pausing`: each is paused and resumed, now and then. `deadlines`: each has one.
+    """
     chance = random.Random(SEED)
-    for _ in range(kills):
-        if not _open(fleet):
-            break
-        time.sleep(chance.uniform(*BETWEEN_KILLS_SECONDS))
-        if cancelling:
+    runs = {tag: fleet.enqueue("interpret", tag=tag, program=program) for tag, program in programs.items()}
+    if deadlines:
+        for run in runs.values():
+            fleet.db.execute(
+                "update stepwell.runs set deadline_at = clock_timestamp() + make_interval(secs => %s) where id = %s",
+                (chance.uniform(0, SECONDS_OF_MAIL), run),
+            )
+    plan = Plan()
+    for tag, program in programs.items():
+        _post(fleet, runs[tag], program, plan, chance, returned)
+    moments = _plan_kills(fleet, kills, plan, chance)
+    if cancelling:
+        for moment in moments:
             for run in chance.sample(list(runs.values()), len(runs) // kills + 1):
-                fleet.db.execute("select stepwell.cancel(%s)", (run,))
-        fleet.kill_one(chance)
-    wait_until(lambda: not _open(fleet), 60 + SECONDS_EACH * len(programs), what="every run to end")
+                plan.add(moment, partial(_call, fleet, "cancel", run))
+    if pausing:
+        for run in runs.values():
+            for _ in range(chance.randint(1, 3)):
+                since = chance.uniform(0, SECONDS_OF_MAIL)
+                plan.add(since, partial(_call, fleet, "pause", run))
+                plan.add(since + chance.uniform(0, 1), partial(_call, fleet, "resume", run))
+    plan.carry_out()
+    _all_ended(fleet, len(programs))
     return {tag: _ended(fleet, run) for tag, run in runs.items()}
 
 
+def _brought_back(fleet: Fleet, tags: list[str], returned: Mail, *, kills: int) -> dict[str, tuple[Any, ...]]:
+    """Have what was cancelled or late go on, or begin again if it was undone; return how each has ended."""
+    chance = random.Random(SEED)
+    fleet.db.execute("update stepwell.runs set deadline_at = null")
+    # A run that has started anew has another tag, which begins as the one before.
+    rows = fleet.db.execute(
+        "select split_part(input ->> 'tag', '/', 1), id from stepwell.runs where parent_id is null order by id"
+    ).fetchall()
+    runs = {tag: run for tag, run in rows if tag in tags}
+    plan = Plan()
+    for run in runs.values():
+        plan.add(chance.uniform(0, SECONDS_OF_MAIL), partial(_bring_back, fleet, run, returned))
+    _plan_kills(fleet, kills, plan, chance)
+    plan.carry_out()
+    _all_ended(fleet, len(tags))
+    return {tag: _ended(fleet, run) for tag, run in runs.items()}
+
+
+def _plan_kills(fleet: Fleet, kills: int, plan: Plan, chance: random.Random) -> list[float]:
+    """Have so many workers killed, one after the other; return when."""
+    moments = list(itertools.accumulate(chance.uniform(*BETWEEN_KILLS_SECONDS) for _ in range(kills)))
+    for moment in moments:
+        plan.add(moment, lambda: fleet.kill_one(chance) if _open(fleet) else None)
+    return moments
+
+
+def _bring_back(fleet: Fleet, run: UUID, returned: Mail) -> None:
+    state, _, kind, _ = _ended(fleet, run)
+    if state == "cancelled" or kind == LATE:
+        if _call(fleet, "retry", run) == (None,):
+            _call(fleet, "rewind", run, [])
+        for name, payload in returned.pop(run, ()):
+            _call(fleet, "signal", run, name, Json(payload))
+
+
+def _post(
+    fleet: Fleet, run: UUID, program: list[Node], plan: Plan, chance: random.Random, returned: Mail
+) -> None:
+    """Have the signals sent that a program waits for: half of them now, the others while it is at work."""
+
+    def send(name: str, payload: str) -> None:
+        if _call(fleet, "signal", run, name, Json(payload)) == (False,):
+            returned[run].append((name, payload))
+
+    late = 0.0
+    for name, payload in signals_of(program):
+        if chance.random() < 0.5:
+            late += chance.uniform(0, (SECONDS_OF_MAIL - late) / 2)
+        plan.add(late, partial(send, name, payload))
+
+
+def _call(fleet: Fleet, function: str, *given: Any) -> Any:
+    asked = sql.SQL("select stepwell.{}({})").format(
+        sql.Identifier(function), sql.SQL(", ").join([sql.Placeholder()] * len(given))
+    )
+    return fleet.db.execute(asked, given).fetchone()
+
+
+class Plan:
+    """What is to be done at which moment, in seconds from when it is begun to be carried out."""
+
+    def __init__(self) -> None:
+        self._acts: list[tuple[float, Callable[[], Any]]] = []
+
+    def add(self, at: float, act: Callable[[], Any]) -> None:
+        self._acts.append((at, act))
+
+    def carry_out(self) -> None:
+        """Do it all, each thing not before its time."""
+        began = time.monotonic()
+        for at, act in sorted(self._acts, key=lambda each: each[0]):
+            time.sleep(max(0.0, began + at - time.monotonic()))
+            act()
+
+
+def _all_ended(fleet: Fleet, count: int) -> None:
+    """Wait until every run has ended; look at those that need a person: say how held steps ended, have undos tried again."""
+
+    def ended() -> bool:
+        _look_at_blocked(fleet)
+        return not _open(fleet)
+
+    wait_until(ended, 60 + SECONDS_EACH * count, what="every run to end")
+
+
+LOOKED_AT = "state = 'blocked' and (error ->> 'type' = 'Held' or error ->> 'reason' = 'an undo failed')"
+"""Runs that are waited for as open ones are, because a person has to look at them and does."""
+
+
+def _look_at_blocked(fleet: Fleet) -> None:
+    blocked = fleet.db.execute(
+        f"select id, key_epoch, error ->> 'type', error ->> 'message' from stepwell.runs where {LOOKED_AT}"
+    ).fetchall()
+    for run, key_epoch, kind, message in blocked:
+        path, effects = "", list[str]()
+        if kind == "Held":
+            path = re.findall(r"step held at ([0-9.]+) was interrupted", message)[0]
+            key = f"{run}:{path}" + (f":{key_epoch}" if key_epoch else "")
+            effects = [effect for effect, by in _ledger(fleet) if by == key]
+        if effects:
+            _call(fleet, "resolve", run, [int(number) for number in path.split(".")], Json(effects[0]))
+        else:
+            _call(fleet, "retry", run)
+
+
 def _open(fleet: Fleet) -> int:
-    row = fleet.db.execute("select count(*) from stepwell.runs where state = 'open'").fetchone()
+    row = fleet.db.execute(
+        f"select count(*) from stepwell.runs where state = 'open' or {LOOKED_AT}"
+    ).fetchone()
     assert row is not None
     return int(row[0])
 
@@ -133,11 +295,6 @@ def _plain(ended: tuple[Any, ...], tag: str) -> tuple[Any, ...]:
     return tuple(None if part is None else str(part).replace(tag, "") for part in ended)
 
 
-def _renumbered(ended: tuple[Any, ...], number: int, other: int) -> tuple[Any, ...]:
-    """Return how a run has ended as if it had another number: outputs quote the tags of their runs."""
-    return tuple(None if part is None else re.sub(rf'"{number}(?=[ /])', f'"{other}', part) for part in ended)
-
-
 def _saved(fleet: Fleet, tag: str, chancy: dict[int, set[int]]) -> Counter[tuple[str, int, str]]:
     rows = fleet.db.execute("select tag, number, what from saved where tag like %s", (f"{tag}%",))
     saved = ((where.removeprefix(tag), number, what) for where, number, what in rows)
@@ -149,16 +306,32 @@ def _program(tag: str) -> int:
 
 
 def _wrongly_undone(fleet: Fleet) -> list[Any]:
-    """Return what was booked more than once, or not unbooked as its run has ended, or unbooked otherwise."""
+    """Return what was booked more than once, or not unbooked as its run has ended, or unbooked otherwise.
+
+    A child that a retry of its parent has begun again, because that was held when the child had failed, books anew.
+    """
     return fleet.db.execute(
         """select s.tag, s.number, r.state, s.booked, s.unbooked
              from (select tag, number, count(*) filter (where what = 'book') as booked,
                           count(*) filter (where what like 'unbook %') as unbooked
                      from saved group by tag, number) s
              join stepwell.runs r on r.input ->> 'tag' = s.tag
-            where s.booked > 1
-               or s.unbooked <> case when r.state in ('failed', 'cancelled') then s.booked else 0 end"""
+             cross join lateral (select count(*) as count from stepwell.outbox o
+                                 where o.run_id = r.id and o.kind = 'epoch' and o.outcome = 'rewind') rewinds
+            where s.booked > 1 + rewinds.count
+               or s.unbooked <> case when r.state in ('failed', 'cancelled') then s.booked
+                                     when rewinds.count = 0 then 0 else s.booked - 1 end"""
     ).fetchall()
+
+
+def _left_booked(fleet: Fleet, tag: str, chancy: set[int]) -> dict[int, int]:
+    """Return how often each thing is booked that a run, but for its children, has booked."""
+    rows = fleet.db.execute(
+        """select number, count(*) filter (where what = 'book') - count(*) filter (where what like 'unbook %%')
+             from saved where tag = %s group by number""",
+        (tag,),
+    ).fetchall()
+    return {number: left for number, left in rows if left and number not in chancy}
 
 
 def _ledger(fleet: Fleet) -> list[tuple[str, str]]:
@@ -169,6 +342,13 @@ def _ledger(fleet: Fleet) -> list[tuple[str, str]]:
 def _effects(fleet: Fleet, tag: str, chancy: dict[int, set[int]]) -> Counter[str]:
     effects = (effect.removeprefix(tag) for effect, _ in _ledger(fleet) if effect.startswith(tag))
     return Counter(each for each in effects if int(each.split()[1]) not in chancy[_program(each.split()[0])])
+
+
+def _repeated(fleet: Fleet, tag: str) -> list[tuple[int, int]]:
+    """Return the program and the id of each step that has taken effect more than once."""
+    counted = Counter(effect for effect, _ in _ledger(fleet) if effect.startswith(tag))
+    where = (effect.removeprefix(tag).split() for effect, times in counted.items() if times > 1)
+    return [(_program(said[0]), int(said[1])) for said in where]
 
 
 def _keys_are_stable(fleet: Fleet) -> bool:
