@@ -475,6 +475,31 @@ async def test_a_run_that_is_retried_while_its_started_child_cleans_up_starts_an
     assert first_child != second_child
 
 
+async def test_a_retried_run_hears_nothing_of_how_a_child_that_it_dropped_went_wrong(lab: Lab) -> None:
+    with collecting() as registry:
+
+        @workflow
+        async def kid() -> int:
+            return int(await wait_signal("on"))
+
+        @workflow
+        async def parent() -> int:
+            return await kid()
+
+    async with lab.engine(registry):
+        run = await lab.enqueue(parent)
+        child = await _waiting_child(lab, run)
+        await lab.execute("select stepwell.pause(%s)", [run])
+        await lab.cancel(child)
+        await ended_children(lab)
+        await lab.cancel(run)
+        assert (await lab.ended(run)).state == "cancelled"
+        assert await lab.retry(run) == 1
+        child = await _waiting_child(lab, run)
+        await lab.execute("select stepwell.signal(%s, 'on', '7')", [child])
+        assert await lab.succeeded(run) == 7
+
+
 @pytest.mark.parametrize("undone", [1, 2], ids=["the first undo fails", "the second undo fails"])
 async def test_a_retry_of_an_undo_begins_no_child_again(lab: Lab, undone: int) -> None:
     done = Ledger()
