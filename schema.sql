@@ -728,6 +728,11 @@ begin
         end if;
     end loop;
 
+    -- Nor is the result taken of a child that the run had dropped.
+    delete from signals s
+    where s.run_id = run and s.name like 'stepwell:child:%'
+      and at_or_after(string_to_array(substr(s.name, length('stepwell:child:') + 1), '.')::int[], to_path);
+
     delete from tasks c where c.run_id = run and c.kind not in ('wake', 'deliver');
     -- A call that only began something has no record: then the first one after it says where.
     return reopen(run, 'rewind', json_build_object('to', coalesce(cut.path[1:cardinality(to_path)], '{}')));

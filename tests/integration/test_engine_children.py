@@ -500,6 +500,50 @@ async def test_a_retried_run_hears_nothing_of_how_a_child_that_it_dropped_went_w
         assert await lab.succeeded(run) == 7
 
 
+async def test_a_rewound_run_makes_a_child_again_whose_result_it_never_took(lab: Lab) -> None:
+    gate, done = Gate(), Ledger()
+    broken = [True]
+    with collecting() as registry:
+
+        @step
+        async def work() -> None:
+            await gate.passed()
+            if broken:
+                raise ValueError("no")
+
+        @step
+        async def count() -> None:
+            done.note("kid")
+
+        @workflow
+        async def kid() -> None:
+            await count()
+
+        @workflow
+        async def parent() -> None:
+            await gather(work(), kid())
+
+    async with lab.engine(registry):
+        run = await lab.enqueue(parent)
+        await gate.reached()
+        await lab.waits(run)
+        await lab.execute("select stepwell.pause(%s)", [run])
+        await ended_children(lab)
+        gate.open()
+
+        async def has_failed() -> bool:
+            return bool(await lab.execute("select 1 from stepwell.outbox where run_id = %s", [run]))
+
+        await wait_until_async(has_failed, what="the step to fail")
+        await lab.execute("select stepwell.resume(%s)", [run])
+        assert (await lab.ended(run)).state == "failed"
+        broken.clear()
+        await lab.execute("select stepwell.rewind(%s, '{}')", [run])
+        await lab.succeeded(run)
+        await ended_children(lab)
+    assert done.names == "kidkid"
+
+
 @pytest.mark.parametrize("undone", [1, 2], ids=["the first undo fails", "the second undo fails"])
 async def test_a_retry_of_an_undo_begins_no_child_again(lab: Lab, undone: int) -> None:
     done = Ledger()
