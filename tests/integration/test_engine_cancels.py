@@ -422,3 +422,32 @@ async def test_an_undo_in_which_a_worker_died_goes_on_when_the_run_is_cancelled(
         ("1.0", 2, "failed"),
         ("1.0", 0, "completed"),
     ]
+
+
+async def test_an_undo_that_is_retried_goes_on_though_the_deadline_has_passed(lab: Lab) -> None:
+    executed: list[int] = []
+    with collecting() as registry:
+
+        @step
+        async def refund() -> None:
+            executed.append(current_step().execution)
+            if executed == [1]:
+                raise ConnectionError("down")
+
+        @step(undo=refund)
+        async def charge() -> None:
+            pass
+
+        @workflow
+        async def charging() -> None:
+            await charge()
+            raise ValueError("no")
+
+    async with lab.engine(registry):
+        run = await lab.enqueue(charging, deadline=timedelta(seconds=1))
+        assert (await lab.ended(run)).state == "blocked"
+    assert await lab.retry(run) == 1
+    await until(lambda: passed(lab, run))
+    async with lab.engine(registry):
+        assert (await lab.ended(run)).state == "failed"
+    assert executed == [1, 2]

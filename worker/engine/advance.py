@@ -62,8 +62,8 @@ class Advance(Claimed):
     async def _opening(self) -> Turn:
         standing = self._standing
         passed = standing.deadline_passed()
-        if passed is not None and standing.driven < 0:
-            return Turn(passed)
+        if passed is not None and standing.driven < 0 and not self._history:
+            return Turn(passed)  # there is nothing to clean up, nor to undo
         decision = self._driven(self._history or [])
         self._history = None  # the replay has what it needs of it
         if isinstance(decision, Block):
