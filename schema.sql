@@ -1764,13 +1764,11 @@ begin
         order by r.id for update                               -- one that is just ending will be counted down by its wake
     loop
         update runs r set parent_path = null where r.id = child.id;
-        -- Whoever calls it once more, after a retry, makes another one. Only what has succeeded has so for good.
+        -- Whoever calls it once more, after a retry, makes another one. Only what has succeeded has so for good. The run's
+        -- signals are not counted anew: this very flush may take the one that is deleted, and one too many is only read for.
         delete from signals s
         where s.run_id = of_run and s.name = 'stepwell:child:' || array_to_string(child.parent_path, '.')
           and s.payload ->> 'state' <> 'succeeded';
-        if found then
-            update tasks t set signals = (select count(*) from signals s where s.run_id = of_run) where t.id = of_task;
-        end if;
         if child.counted and child.state in ('open', 'blocked') then
             update tasks t set pending = greatest(0, t.pending - 1) where t.id = of_task;
         end if;

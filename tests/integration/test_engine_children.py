@@ -500,6 +500,41 @@ async def test_a_retried_run_hears_nothing_of_how_a_child_that_it_dropped_went_w
         assert await lab.succeeded(run) == 7
 
 
+async def test_a_run_hears_of_a_child_that_it_starts_when_another_one_has_failed_in_a_race(lab: Lab) -> None:
+    gate = Gate()
+    with collecting() as registry:
+
+        @step
+        async def work(n: int) -> int:
+            if n == 1:
+                raise ValueError("no")
+            await gate.passed()
+            return n
+
+        @workflow
+        async def kid(n: int) -> int:
+            return await work(n)
+
+        async def caught() -> str:
+            try:
+                await kid(1)
+            except RunFailed as error:
+                return type(error).__name__
+            return "?"
+
+        @workflow
+        async def parent() -> list[Any]:
+            which = await first(caught(), sleep(1000))
+            return [which.value, await start(kid, 2)]
+
+    async with lab.engine(registry):
+        run = await lab.enqueue(parent)
+        await gate.reached()
+        await lab.waits(run)
+        gate.open()
+        assert await lab.succeeded(run) == ["RunFailed", 2]
+
+
 async def test_a_rewound_run_makes_a_child_again_whose_result_it_never_took(lab: Lab) -> None:
     gate, done = Gate(), Ledger()
     broken = [True]
