@@ -272,11 +272,11 @@ create table stepwell.workflows (
 );
 
 -- Exact totals: counted by the very statement that records what it counts. Sharded by backend, so that
--- two flushes seldom meet on a row: 0 to 63 what claimants wrote, 64 to 127 what end_v1 did.
+-- two flushes seldom meet on a row: 0 to 63 what claimants wrote, 64 to 127 what end_v1 did, 128 what bury_v1 did.
 create table stepwell.counters (
     shard   smallint not null,
-    kind    text not null,                -- run, step
-    name    text not null,
+    kind    text not null,                -- run, step, worker
+    name    text not null,                -- of the workflow, of the step, of what noticed that the worker is dead
     outcome text not null,
     value   bigint not null,
     primary key (shard, kind, name, outcome)
@@ -2330,8 +2330,8 @@ $$;
 
 -- First act of a reclaim: from the moment this commits, the worker claims nothing (I11). FOR UPDATE waits
 -- for a claim of its that is under way; a lock time-out (55P03) tells the caller to terminate the worker's
--- backends and to try again.
-create function stepwell.bury_v1(dead bigint) returns boolean
+-- backends and to try again. Several may bury one worker; the first counts it, under what has noticed it.
+create function stepwell.bury_v1(dead bigint, detector text default null) returns boolean
     language plpgsql
     set search_path = pg_catalog, stepwell, pg_temp
     set lock_timeout = '500ms'
@@ -2342,6 +2342,10 @@ begin
         return false;
     end if;
     update workers w set dead_at = clock_timestamp() where w.id = dead and w.dead_at is null;
+    if found and detector is not null then
+        insert into counters as c (shard, kind, name, outcome, value) values (128, 'worker', detector, 'dead', 1)
+        on conflict (shard, kind, name, outcome) do update set value = c.value + 1;
+    end if;
     return true;
 end
 $$;

@@ -352,7 +352,8 @@ def _check_totals(db: psycopg.Connection[Any], verdict: Verdict) -> None:
     """The sharded counters are exactly what the outbox holds."""
     rows = db.execute(
         """
-        with counted as (select kind, name, outcome, sum(value)::int as many from stepwell.counters group by 1, 2, 3),
+        with counted as (select kind, name, outcome, sum(value)::int as many from stepwell.counters
+                         where kind in ('run', 'step') group by 1, 2, 3),
              recorded as (select kind, name, outcome, count(*)::int as many from stepwell.outbox
                           where kind in ('run', 'step') group by 1, 2, 3)
         select kind, name, outcome, coalesce(c.many, 0), coalesce(r.many, 0)

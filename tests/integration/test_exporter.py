@@ -23,8 +23,9 @@ from outbox.database import connect
 from outbox.errors import ConfigError
 from tests.postgres import Cluster
 from tests.waiting import wait_until
-from worker.telemetry.exporter import Exporter
+from worker.telemetry.exporter import REFRESH_SECONDS, Exporter
 from worker.telemetry.files import VARIABLE, ProcessFiles, shared_directory
+from worker.telemetry.snapshot import read_depths, read_totals
 
 Db = psycopg.Connection[Any]
 WORKER = 4711
@@ -141,8 +142,73 @@ def test_queues_are_exported_with_all_states_and_the_age_of_the_oldest_ready_tas
     assert counts["slow", "suspect"] == 0
     assert 100 <= seen["stepwell_queue_oldest_ready_seconds", "slow"] < 200
     assert 0 <= seen["stepwell_queue_oldest_ready_seconds", "default"] < 60
+    assert counts["slow", "paused"] == 0
     assert seen["stepwell_workers",] == 1
     assert seen["stepwell_runs_blocked",] == 0
+
+
+def test_each_queue_is_exported_with_the_workers_that_claim_from_it(
+    db: Db, database_url: str, tmp_path: Path
+) -> None:
+    for worker, queues in ((1, ["default"]), (2, ["default", "slow"]), (3, ["slow", "slow"]), (4, ["slow"])):
+        db.execute("select stepwell.register_v1(%s, 1, 'here', 1, '', %s, array['w'])", [worker, queues])
+    db.execute("select stepwell.bury_v1(4)")
+    enqueue(db, 1, queue="forgotten")
+    with serving(database_url, tmp_path) as exporter:
+        seen = samples(exporter)
+    serving_it = {key[1]: value for key, value in seen.items() if key[0] == "stepwell_queue_workers"}
+    assert serving_it == {"default": 2, "slow": 2, "forgotten": 0}
+    assert seen["stepwell_queue_tasks", "forgotten", "ready"] == 1
+
+
+def test_a_worker_that_several_declare_dead_is_counted_once_under_what_noticed_it_first(
+    db: Db, database_url: str, tmp_path: Path
+) -> None:
+    register(db)
+    with serving(database_url, tmp_path) as exporter:
+        seen = samples(exporter)
+        assert [seen["stepwell_reclaims_total", each] for each in ("obituary", "lost_lock", "lease")] == [
+            0,
+            0,
+            0,
+        ]
+        for detector in ("lost_lock", "lease", "lost_lock"):
+            assert db.execute("select stepwell.bury_v1(%s, %s)", [WORKER, detector]).fetchone() == (True,)
+        assert db.execute("select stepwell.bury_v1(%s, 'lease')", [WORKER + 1]).fetchone() == (False,)
+        seen = samples(exporter)
+        assert [seen["stepwell_reclaims_total", each] for each in ("obituary", "lost_lock", "lease")] == [
+            0,
+            1,
+            0,
+        ]
+
+
+def test_tables_are_exported_with_their_size_and_what_vacuum_has_not_removed(
+    db: Db, database_url: str, tmp_path: Path
+) -> None:
+    register(db)
+    enqueue(db, 500)
+    db.execute("delete from stepwell.tasks")
+    with serving(database_url, tmp_path) as exporter:
+        wait_until(lambda: samples(exporter)["stepwell_table_dead_rows", "tasks"] >= 500)
+        seen = samples(exporter)
+    assert seen["stepwell_table_bytes", "runs"] > 500 * 50
+    assert {"outbox", "tasks", "workers"} <= {key[1] for key in seen if key[0] == "stepwell_table_bytes"}
+
+
+def test_an_exporter_that_nobody_scrapes_asks_little_of_the_database(db: Db) -> None:
+    asked = []
+
+    class Listening:
+        def execute(self, statement: str, *parameters: Any) -> psycopg.Cursor[Any]:
+            asked.append(statement)
+            return db.execute(statement, *parameters)  # type: ignore[arg-type]
+
+    listening: Any = Listening()
+    read_totals(listening)
+    read_depths(listening)
+    looks_for_its_lock = 1
+    assert (len(asked) + looks_for_its_lock) / REFRESH_SECONDS <= 1.2
 
 
 def test_a_retried_run_of_long_ago_does_not_look_like_a_long_wait(

@@ -110,14 +110,14 @@ async def test_a_reclaim_frees_the_tasks_and_forgets_the_worker(
     db: Db, adb: Adb, worker: Callable[..., int]
 ) -> None:
     dead = worker(tasks=3)
-    done = await reclaim(adb, dead, poison_after=3, pass_seconds=10)
+    done = await reclaim(adb, dead, "obituary", poison_after=3, pass_seconds=10)
     assert (done.found, done.tasks, done.finished) == (True, 3, True)
     assert count(db, "stepwell.tasks where state = 'ready' and interrupted and not fresh") == 3
     assert not known(db, dead)
 
 
 async def test_reclaiming_what_nobody_knows_does_nothing(adb: Adb) -> None:
-    done = await reclaim(adb, random_id(), poison_after=3, pass_seconds=10)
+    done = await reclaim(adb, random_id(), "obituary", poison_after=3, pass_seconds=10)
     assert (done.found, done.tasks, done.finished) == (False, 0, True)
 
 
@@ -126,7 +126,7 @@ async def test_many_tasks_are_freed_in_chunks(
 ) -> None:
     monkeypatch.setattr(liveness, "CHUNK_TASKS", 2)
     dead = worker(tasks=5)
-    assert (await reclaim(adb, dead, poison_after=3, pass_seconds=10)).tasks == 5
+    assert (await reclaim(adb, dead, "obituary", poison_after=3, pass_seconds=10)).tasks == 5
     assert not known(db, dead)
 
 
@@ -138,14 +138,16 @@ async def test_two_that_reclaim_at_once_share_the_work(
         dead = worker(tasks=20)
         async with opened(database_url) as one, opened(database_url) as other:
             done = await asyncio.gather(
-                reclaim(one, dead, poison_after=3, pass_seconds=10),
-                reclaim(other, dead, poison_after=3, pass_seconds=10),
+                reclaim(one, dead, "lease", poison_after=3, pass_seconds=10),
+                reclaim(other, dead, "lost_lock", poison_after=3, pass_seconds=10),
             )
         assert sum(each.tasks for each in done) == 20
         assert all(each.finished for each in done)
         assert count(db, "stepwell.tasks where interruptions <> 1") == 0
         assert not known(db, dead)
         db.execute("delete from stepwell.tasks")
+    assert count(db, "stepwell.counters where kind = 'worker'") in (1, 2)
+    assert db.execute("select sum(value) from stepwell.counters where kind = 'worker'").fetchone() == (5,)
 
 
 @asynccontextmanager
@@ -160,7 +162,7 @@ async def test_a_claim_that_cannot_end_is_terminated(
     dead = worker(tasks=1)
     with session_of(database_url, dead) as stopped:
         stopped.execute("select from stepwell.workers where id = %s for key share", [dead])
-        done = await reclaim(adb, dead, poison_after=3, pass_seconds=10)
+        done = await reclaim(adb, dead, "obituary", poison_after=3, pass_seconds=10)
         assert (done.tasks, done.finished) == (1, True)
         with pytest.raises(psycopg.OperationalError):
             stopped.execute("select 1")
@@ -179,7 +181,7 @@ async def test_a_claim_whose_client_reads_no_more_is_terminated(
         stopped.pgconn.send_query(f"begin; {statement}".encode())
         writing = "pg_stat_activity where application_name = %s and wait_event = 'ClientWrite'"
         await wait_until_async(lambda: count(db, writing, f"stepwell {dead}") == 1)
-        done = await reclaim(adb, dead, poison_after=3, pass_seconds=10)
+        done = await reclaim(adb, dead, "obituary", poison_after=3, pass_seconds=10)
         assert (done.tasks, done.finished) == (1, True)
 
 
@@ -189,7 +191,7 @@ async def test_a_flush_that_is_on_the_wire_does_not_keep_its_tasks(
     dead = worker(tasks=2)
     with session_of(database_url, dead) as flushing:
         flushing.execute("select from stepwell.tasks where claimed_by = %s for update", [dead])
-        done = await reclaim(adb, dead, poison_after=3, pass_seconds=10)
+        done = await reclaim(adb, dead, "obituary", poison_after=3, pass_seconds=10)
         assert (done.tasks, done.finished) == (2, True)
 
 
@@ -203,7 +205,7 @@ async def test_a_flush_that_is_being_applied_comes_through(
             b"select pg_sleep(0.3); insert into stepwell.migrations values (99, 'flushed')"
         )
         await wait_until_async(lambda: count(db, "pg_stat_activity where wait_event = 'PgSleep'") == 1)
-        done = await reclaim(adb, dead, poison_after=3, pass_seconds=10)
+        done = await reclaim(adb, dead, "obituary", poison_after=3, pass_seconds=10)
         assert done.finished
         assert count(db, "stepwell.migrations where version = 99") == 1
 
@@ -216,11 +218,11 @@ async def test_a_pass_ends_when_somebody_else_locks_what_is_left(
         person.execute(
             "select from stepwell.tasks where claimed_by = %s order by id limit 1 for update", [dead]
         )
-        done = await reclaim(adb, dead, poison_after=3, pass_seconds=0.1)
+        done = await reclaim(adb, dead, "obituary", poison_after=3, pass_seconds=0.1)
         assert (done.tasks, done.finished) == (1, False)
         assert known(db, dead)
         person.rollback()
-    done = await reclaim(adb, dead, poison_after=3, pass_seconds=10)
+    done = await reclaim(adb, dead, "obituary", poison_after=3, pass_seconds=10)
     assert (done.tasks, done.finished) == (1, True)
 
 
@@ -238,10 +240,10 @@ async def test_a_role_that_may_not_terminate_says_so_and_goes_on_later(
         with session_of(database_url, dead) as foreign:
             foreign.execute("select from stepwell.tasks where claimed_by = %s for update", [dead])
             async with opened(database_url.replace("postgres@", "weak@")) as weak:
-                assert not (await reclaim(weak, dead, poison_after=3, pass_seconds=0.1)).finished
+                assert not (await reclaim(weak, dead, "obituary", poison_after=3, pass_seconds=0.1)).finished
                 assert "pg_signal_backend" in caplog.text
                 foreign.rollback()
-                assert (await reclaim(weak, dead, poison_after=3, pass_seconds=10)).tasks == 1
+                assert (await reclaim(weak, dead, "obituary", poison_after=3, pass_seconds=10)).tasks == 1
     finally:
         cluster.execute("drop role weak")
 

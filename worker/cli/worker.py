@@ -80,7 +80,6 @@ def worker(
             app=app,
             processes=processes,
             queues=list(dict.fromkeys(queues)),
-            on_reclaim=_count_reclaim,
         )
         if directory is not None and metrics_port is not None:
             from worker.telemetry.exporter import Exporter
@@ -98,12 +97,6 @@ def worker(
     if supervisor.complaint:
         click.echo(f"stepwell: {' '.join(supervisor.complaint.split())}", err=True)
     sys.exit(status)
-
-
-def _count_reclaim(detector: str, _tasks: int) -> None:
-    from worker.telemetry import metrics
-
-    metrics.RECLAIMS.labels(detector).inc()
 
 
 def _not_ready(supervisor: Supervisor) -> Callable[[], list[str]]:

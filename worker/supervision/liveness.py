@@ -146,14 +146,16 @@ class Reclaimed:
 
 
 async def reclaim(
-    connection: Connection, worker_id: int, *, poison_after: int, pass_seconds: float
+    connection: Connection, worker_id: int, detector: Detector, *, poison_after: int, pass_seconds: float
 ) -> Reclaimed:
     """Free what a dead worker holds, for at most about `pass_seconds`; safe to repeat and to race.
+
+    Whoever is the first to bury it has it counted under `detector`.
 
     The connection must be in autocommit mode. Not finished means that something still locks the rest.
     """
     deadline = time.monotonic() + pass_seconds
-    found = await _bury(connection, worker_id, deadline)
+    found = await _bury(connection, worker_id, detector, deadline)
     if found is None:
         return Reclaimed(found=True, tasks=0, finished=False)
     await _let_statements_end(connection, worker_id)
@@ -170,11 +172,11 @@ async def reclaim(
             wait = min(2 * wait, LONGEST_WAIT_SECONDS)
 
 
-async def _bury(connection: Connection, worker_id: int, deadline: float) -> bool | None:
+async def _bury(connection: Connection, worker_id: int, detector: Detector, deadline: float) -> bool | None:
     """Return whether the worker was known; None when its row stayed locked until `deadline`."""
     while True:
         try:
-            row = await (await connection.execute(load("bury"), [worker_id])).fetchone()
+            row = await (await connection.execute(load("bury"), [worker_id, detector])).fetchone()
             return bool(row and row[0])
         except _CONFLICTS:
             # A claim that cannot end: its client is stopped in the middle of a large answer.
@@ -238,7 +240,7 @@ class Undertaker:
     """Reclaims from dead workers, one after the other. `connect` opens a connection in autocommit mode.
 
     `on_reclaim` gets worker, detector and number of freed tasks for each worker that was found. (Of two observers that share
-    the work on one worker, both count it.)
+    the work on one worker, both are told; the database counts it once.)
     """
 
     def __init__(
@@ -311,7 +313,11 @@ class Undertaker:
         case = self._cases[worker_id]
         try:
             done = await reclaim(
-                connection, worker_id, poison_after=self._poison_after, pass_seconds=PASS_SECONDS
+                connection,
+                worker_id,
+                case.detector,
+                poison_after=self._poison_after,
+                pass_seconds=PASS_SECONDS,
             )
         except psycopg.Error as error:
             await self._put_off(worker_id, case, error)

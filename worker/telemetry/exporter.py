@@ -23,9 +23,7 @@ import logging
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
@@ -35,13 +33,14 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import psycopg
 from prometheus_client import CollectorRegistry, make_wsgi_app
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 
 from outbox import schema
 from outbox.database import connect
 from outbox.errors import ConfigError, StepwellError
 from worker.queries import load
 from worker.telemetry.files import ProcessFiles
+from worker.telemetry.snapshot import Depths, Snapshot, families, read_depths, read_totals
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
@@ -55,31 +54,11 @@ COUNT_REST_FACTOR = 20  # counting the queues takes at most a twentieth of one c
 STATEMENT_TIMEOUT = "5s"
 REQUEST_TIMEOUT_SECONDS = 10
 STOP_POLL_SECONDS = 0.1
-TASK_STATES = ("ready", "claimed", "waiting", "shelved", "suspect")
 
 NotReady = Callable[[], Sequence[str]]
 
 
 # -- what the database knows -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Depths:
-    """How full and how healthy the database is, at the time of one look."""
-
-    tasks: dict[tuple[str, str], int]
-    oldest_ready_seconds: dict[str, float]
-    blocked: int
-    workers: int
-    oldest_transaction_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What one look found. `totals` are ends of runs and outcomes of steps: (kind, name, outcome) → how many."""
-
-    totals: dict[tuple[str, str, str], int]
-    depths: Depths
 
 
 class DatabaseMetrics:
@@ -124,7 +103,7 @@ class DatabaseMetrics:
         with self._changed:
             snapshot = self._snapshot
         if snapshot is not None:
-            yield from _families(snapshot)
+            yield from families(snapshot)
 
     def problem(self) -> str | None:
         """Look at the database now and say in a sentence why it cannot be worked with, or None."""
@@ -218,71 +197,13 @@ class DatabaseMetrics:
         self._stranger = pid
 
     def _read(self, connection: psycopg.Connection[Any]) -> Snapshot:
-        rows = connection.execute(load("exporter_totals")).fetchall()
-        totals = {(kind, name, outcome): count for kind, name, outcome, count in rows}
+        totals = read_totals(connection)
         started = time.monotonic()
         if self._depths is None or started >= self._count_again_at:
-            self._depths = _read_depths(connection)
+            self._depths = read_depths(connection)
             took = time.monotonic() - started
             self._count_again_at = started + max(COUNT_AT_MOST_EVERY_SECONDS, COUNT_REST_FACTOR * took)
         return Snapshot(totals, self._depths)
-
-
-def _read_depths(connection: psycopg.Connection[Any]) -> Depths:
-    tasks: dict[tuple[str, str], int] = {}
-    for queue, state, count in connection.execute(load("exporter_queues")):
-        tasks |= {(queue, known): tasks.get((queue, known), 0) for known in TASK_STATES}
-        if state is not None:
-            tasks[queue, state] = count
-    queues = sorted({queue for queue, _ in tasks})
-    oldest = dict.fromkeys(queues, 0.0)
-    for queue, seconds in connection.execute(load("exporter_oldest_ready"), {"queues": queues}):
-        oldest[queue] = max(0.0, seconds)
-    row = connection.execute(load("exporter_health")).fetchone()
-    assert row is not None  # the statement always answers with one row
-    blocked, workers, oldest_transaction = row
-    return Depths(tasks, oldest, blocked, workers, max(0.0, oldest_transaction))
-
-
-def _families(snapshot: Snapshot) -> Iterator[Metric]:
-    depths = snapshot.depths
-    by_kind: dict[str, list[tuple[str, str, int]]] = defaultdict(list)
-    for (kind, name, outcome), count in sorted(snapshot.totals.items()):
-        by_kind[kind].append((name, outcome, count))
-    yield _counter("stepwell_runs", "Runs that ended, exact across any kill.", "workflow", by_kind["run"])
-    yield _counter(
-        "stepwell_steps", "Outcomes of executions of steps, exact across any kill.", "step", by_kind["step"]
-    )
-    tasks = GaugeMetricFamily("stepwell_queue_tasks", "Tasks by queue and state.", labels=["queue", "state"])
-    for (queue, state), count in sorted(depths.tasks.items()):
-        tasks.add_metric([queue, state], count)
-    yield tasks
-    oldest = GaugeMetricFamily(
-        "stepwell_queue_oldest_ready_seconds",
-        "For how long the longest ready task of the queue has been ready.",
-        labels=["queue"],
-    )
-    for queue, seconds in sorted(depths.oldest_ready_seconds.items()):
-        oldest.add_metric([queue], seconds)
-    yield oldest
-    yield GaugeMetricFamily("stepwell_runs_blocked", "Runs that need a person.", value=depths.blocked)
-    yield GaugeMetricFamily(
-        "stepwell_oldest_transaction_seconds",
-        "Age of the oldest open transaction of the database; a high one holds back vacuum.",
-        value=depths.oldest_transaction_seconds,
-    )
-    yield GaugeMetricFamily(
-        "stepwell_workers", "Worker processes registered and not declared dead.", value=depths.workers
-    )
-
-
-def _counter(
-    name: str, documentation: str, label: str, counts: Iterable[tuple[str, str, int]]
-) -> CounterMetricFamily:
-    family = CounterMetricFamily(name, documentation, labels=[label, "outcome"])
-    for labelled, outcome, count in counts:
-        family.add_metric([labelled, outcome], count)
-    return family
 
 
 # -- the server --------------------------------------------------------------------------------------

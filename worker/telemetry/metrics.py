@@ -7,8 +7,8 @@ command sets the variable before it imports this module, and its children inheri
 a REPL) the objects count in memory and nobody serves them.
 
 Files may lose what a killed process had not written, so these are good for rates and latencies. Totals that
-must be exact (``stepwell_runs_total``, ``stepwell_steps_total``) are counted by the database instead; see
-`worker.telemetry.exporter`.
+must be exact (``stepwell_runs_total``, ``stepwell_steps_total``, ``stepwell_reclaims_total``) are counted by the
+database instead; see `worker.telemetry.snapshot`.
 """
 
 from __future__ import annotations
@@ -40,11 +40,6 @@ COMMIT_SECONDS = Histogram(
     "stepwell_commit_seconds", "Time of one flush, from sending it until it is durable.", buckets=_BRIEF
 )
 FENCED = Counter("stepwell_fenced_writes_total", "Transitions refused because the claim had been lost.")
-RECLAIMS = Counter(
-    "stepwell_reclaims_total",
-    "Workers declared dead whose tasks were freed, by what noticed it: obituary, lost_lock or lease.",
-    ["detector"],
-)
 DRIFT = Counter(
     "stepwell_replay_drift_total", "Replayed calls whose arguments differ from those that were recorded."
 )
@@ -68,11 +63,6 @@ RUN_SECONDS = Histogram(
     ["workflow"],
     buckets=_LONG,
 )
-
-# Known label values appear as zeroes from the start: a rate over a series that begins at its first
-# event misses that event.
-for _detector in ("obituary", "lost_lock", "lease"):
-    RECLAIMS.labels(_detector)
 
 
 class Tally:

@@ -127,7 +127,9 @@ class InlineWorker:
 async def reclaimed(url: str, worker_id: int, poison_after: int) -> None:
     """Free what a dead worker had claimed, as its supervisor would."""
     async with await connect_async(url, application_name="stepwell testing") as connection:
-        done = await reclaim(connection, worker_id, poison_after=poison_after, pass_seconds=RECLAIM_SECONDS)
+        done = await reclaim(
+            connection, worker_id, "obituary", poison_after=poison_after, pass_seconds=RECLAIM_SECONDS
+        )
     if not done.finished:
         raise TimeoutError(
             f"the claims of a crashed worker could not be reclaimed within {RECLAIM_SECONDS:g} s: "
