@@ -13,10 +13,10 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup demo test versions slow nightly crash mutations chaos bench bench-smoke bench-peers audit lint types layers format
+.PHONY: help setup demo test versions slow nightly crash mutations chaos bench bench-smoke bench-peers audit deploy-check lint types layers format
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  ARGS='…' is handed on to demo, test, crash and bench: make demo ARGS='--leads 200 --keep'"
 
@@ -72,6 +72,9 @@ bench-smoke: setup ## Fail if it has become a lot slower, compared with Postgres
 audit: setup ## Look dependencies up in the database of known vulnerabilities; needs the network
 	test -x .audit/bin/pip-audit || { $(PYTHON) -m venv .audit; .audit/bin/python -m pip install --quiet pip-audit; }
 	.audit/bin/pip-audit --strict --skip-editable --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
+deploy-check: setup ## Check what is in deploy/, with the programs that it is for
+	$(BIN)/pytest tests/deploy $(ARGS)
 
 lint: setup ## Check style and format
 	$(BIN)/ruff check .
