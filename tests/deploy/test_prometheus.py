@@ -71,7 +71,9 @@ def test_an_alert_points_to_the_section_that_says_what_to_do(alert: str) -> None
     assert anchor in headings(ROOT / document)
 
 
-def test_what_is_recorded_is_named_by_what_it_is_made_of() -> None:
+def test_what_is_recorded_is_named_by_what_it_is_made_of_and_used() -> None:
+    used = {name for rule in ALERTS.values() for name in metrics_in(rule["expr"])}
+    dashboard = (ROOT / "deploy" / "grafana" / "dashboards" / "stepwell.json").read_text()
     for name, rule in RECORDS.items():
         level, metric, operations = name.split(":")
         assert operations
@@ -79,6 +81,7 @@ def test_what_is_recorded_is_named_by_what_it_is_made_of() -> None:
         assert metric in made_of
         labels = {label for by in re.findall(r"by \(([^)]*)\)", rule["expr"]) for label in by.split(", ")}
         assert not labels or labels - {"le"} == set(level.split("_"))
+        assert name in used or name in dashboard or any(name in other["expr"] for other in RECORDS.values())
 
 
 def test_alerts_on_what_the_database_knows_do_not_see_which_supervisor_exports_it() -> None:
