@@ -74,7 +74,7 @@ audit: setup ## Look dependencies up in the database of known vulnerabilities; n
 	.audit/bin/pip-audit --strict --skip-editable --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 deploy-check: setup ## Check what is in deploy/, with the programs that it is for
-	$(BIN)/pytest tests/deploy $(ARGS)
+	$(BIN)/pytest tests/deploy tests/crash/test_scrape.py $(ARGS)
 
 lint: setup ## Check style and format
 	$(BIN)/ruff check .
