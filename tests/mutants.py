@@ -141,6 +141,13 @@ DEATH = [
         *integration("protocol_reclaim", "nothing_is_taken_from_a_worker_that_was_not_buried"),
     ),
     mutant(
+        "a worker is counted as dead once", "by each that buries it", SCHEMA,
+        "if found and detector is not null then", "if detector is not null then",
+        *integration(
+            "exporter", "a_worker_that_several_declare_dead_is_counted_once_under_what_noticed_it_first"
+        ),
+    ),
+    mutant(
         "a burial ends the backend that does not let it", "it waits", LIVENESS,
         "            # A claim that cannot end: its client is stopped in the middle of a large answer.\n"
         "            await end_backends(connection, worker_id)\n", "            pass\n",

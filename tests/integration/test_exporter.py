@@ -23,9 +23,10 @@ from outbox.database import connect
 from outbox.errors import ConfigError
 from tests.postgres import Cluster
 from tests.waiting import wait_until
-from worker.telemetry.exporter import REFRESH_SECONDS, Exporter
+from worker.telemetry import exporter as exporter_module
+from worker.telemetry.exporter import Exporter
 from worker.telemetry.files import VARIABLE, ProcessFiles, shared_directory
-from worker.telemetry.snapshot import read_depths, read_totals
+from worker.telemetry.snapshot import Totals, read_totals
 
 Db = psycopg.Connection[Any]
 WORKER = 4711
@@ -196,19 +197,30 @@ def test_tables_are_exported_with_their_size_and_what_vacuum_has_not_removed(
     assert {"outbox", "tasks", "workers"} <= {key[1] for key in seen if key[0] == "stepwell_table_bytes"}
 
 
-def test_an_exporter_that_nobody_scrapes_asks_little_of_the_database(db: Db) -> None:
-    asked = []
+def test_an_exporter_that_nobody_scrapes_looks_after_its_lock_only(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter_module, "REFRESH_SECONDS", 0.01)
+    looks: list[None] = []
+    reads: list[None] = []
 
-    class Listening:
-        def execute(self, statement: str, *parameters: Any) -> psycopg.Cursor[Any]:
-            asked.append(statement)
-            return db.execute(statement, *parameters)  # type: ignore[arg-type]
+    def read(connection: Db) -> Totals:
+        reads.append(None)
+        return read_totals(connection)
 
-    listening: Any = Listening()
-    read_totals(listening)
-    read_depths(listening)
-    looks_for_its_lock = 1
-    assert (len(asked) + looks_for_its_lock) / REFRESH_SECONDS <= 1.2
+    monkeypatch.setattr(exporter_module, "read_totals", read)
+    metrics = exporter_module.DatabaseMetrics(database_url, on_refresh=lambda: looks.append(None))
+    metrics.start()
+    try:
+        wait_until(lambda: len(looks) >= 10)
+        assert reads == []
+        for scrapes in (1, 2):
+            assert "stepwell_workers" in {family.name for family in metrics.collect()}
+            before = len(looks)
+            wait_until(lambda: len(looks) >= before + 10)  # noqa: B023 - called before the next round
+            assert len(reads) == scrapes
+    finally:
+        metrics.stop()
 
 
 def test_a_retried_run_of_long_ago_does_not_look_like_a_long_wait(

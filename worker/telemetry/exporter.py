@@ -8,7 +8,7 @@ of the end of a supervisor, and at once when it is scraped.
 
 A scrape waits, at most two seconds, for totals that were read after it arrived: what had been recorded
 when it was sent is in the answer. Counting the queues reads the whole task table, so that is repeated only
-when it is a second old and twenty times as old as it took. If the database does not answer, its metrics
+when it is a second old and twenty times as old as it took. Between scrapes only the lock is looked after. If the database does not answer, its metrics
 are absent: an old gauge would be believed.
 
 Threads: one reads the database, one accepts requests, one for each request. None of them touches the
@@ -122,7 +122,7 @@ class DatabaseMetrics:
 
     def _run(self) -> None:
         while (ticket := self._next_ticket()) is not None:
-            snapshot, problem = self._look()
+            snapshot, problem = self._look(asked=ticket > self._served)
             with self._changed:
                 self._snapshot, self._problem = snapshot, problem
                 self._served = ticket
@@ -136,14 +136,15 @@ class DatabaseMetrics:
                 self._changed.wait(REFRESH_SECONDS)
             return None if self._stopping else self._wanted
 
-    def _look(self) -> tuple[Snapshot | None, str | None]:
-        """Read everything once. Whatever goes wrong is the answer, and the next look connects anew."""
+    def _look(self, *, asked: bool) -> tuple[Snapshot | None, str | None]:
+        """Read everything once, if somebody asked. Whatever goes wrong is the answer, and the next look connects anew."""
         try:
             self._on_refresh()
             connection = self._connected()
             if not self._has_lock(connection):
                 return None, None
-            return self._read(connection), None
+            # Who asks waits for a look of his own: without him, it is enough to be there and to have the lock.
+            return (self._read(connection) if asked else self._snapshot), None
         except (psycopg.Error, StepwellError) as error:
             problem = " ".join(str(error).split()) or type(error).__name__
             self._report(problem)
