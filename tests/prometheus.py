@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ needs_prometheus = pytest.mark.skipif(
 )
 
 _METRIC = re.compile(r"(?<![\w:.\-/])(?:[a-z][a-z0-9_]*:)?stepwell_[a-z0-9_]+(?::[a-z0-9_]+)?(?![\w:])")
+_LISTENING = re.compile(r'msg="Listening on".* address=\S+:(\d+)')
 _TEXT = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
@@ -104,22 +104,23 @@ class Prometheus:
 @contextmanager
 def running(home: Path, targets: Path | None = None) -> Iterator[Prometheus]:
     """Yield a server with the deployed rules; `targets` is a file for its discovery, which may change meanwhile."""
-    port = _free_port()
     (home / "prometheus.yml").write_text(yaml.safe_dump(_hurried(targets)))
-    log = (home / "prometheus.log").open("wb")
+    log = home / "prometheus.log"
+    output = log.open("wb")
     server = subprocess.Popen(
         [
             "prometheus",
             f"--config.file={home / 'prometheus.yml'}",
             f"--storage.tsdb.path={home / 'prometheus'}",
-            f"--web.listen-address=127.0.0.1:{port}",
+            "--web.listen-address=127.0.0.1:0",
         ],
-        stdout=log,
-        stderr=log,
+        stdout=output,
+        stderr=output,
     )
-    log.close()
+    output.close()
     try:
-        prometheus = Prometheus(port)
+        (port,) = wait_until(lambda: _LISTENING.findall(log.read_text()), 60, what=f"{log} to name a port")
+        prometheus = Prometheus(int(port))
         wait_until(prometheus.ready, 60, what="Prometheus to be ready")
         yield prometheus
     finally:
@@ -146,10 +147,3 @@ def _hurried(targets: Path | None) -> dict[str, Any]:
     if targets is not None:
         job["file_sd_configs"] = [{"files": [str(targets)], "refresh_interval": EVERY}]
     return configuration
-
-
-def _free_port() -> int:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port: int = unused.getsockname()[1]
-        return port
