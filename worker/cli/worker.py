@@ -64,7 +64,7 @@ def worker(
     """Run workers for the workflows of APP, a module (shop.flows) or a file (flows.py).
 
     SIGTERM and Ctrl-C drain: nothing more is claimed, executions may end within the grace time, the rest is
-    given back. A second one stops at once.
+    given back. A second one stops at once. Under systemd (Type=notify) it tells when it is ready, alive and ending.
     """
     logging.basicConfig(level=log_level.upper(), format=LOG_FORMAT)
     settings = replace(settings, **{name: value for name, value in tuned.items() if value is not None})
@@ -73,7 +73,9 @@ def worker(
         directory = stack.enter_context(shared_directory()) if metrics_port is not None else None
         url = stack.enter_context(database(settings))
         from worker.supervision.supervisor import Supervisor
+        from worker.supervision.systemd import NotifySocket, run_and_tell
 
+        systemd = NotifySocket.from_environment()
         supervisor = Supervisor(
             settings,
             url,
@@ -93,7 +95,7 @@ def worker(
             )
             stack.enter_context(exporter)
             logger.info("serving %s/metrics, /healthz and /readyz", exporter.address)
-        status = asyncio.run(supervisor.run())
+        status = asyncio.run(run_and_tell(supervisor, systemd))
     if supervisor.complaint:
         click.echo(f"stepwell: {' '.join(supervisor.complaint.split())}", err=True)
     sys.exit(status)

@@ -77,12 +77,13 @@ class ChildVitals:
 
 @dataclass(frozen=True, slots=True)
 class SupervisorVitals:
-    """What the health endpoints need. `schema_ok` holds from the first connection on."""
+    """What the health endpoints and systemd need. `schema_ok` holds from the first connection on."""
 
     alive: bool
     connected: bool
     schema_ok: bool
     claiming: bool
+    ending: bool
     children: tuple[ChildVitals, ...]
 
 
@@ -189,6 +190,7 @@ class Supervisor:
             connected=self._heartbeat.connected,
             schema_ok=self._heartbeat.schema_ok,
             claiming=any(child.vitals.claiming for child in [*self._children.values()] if child.vitals),
+            ending=self._ending.is_set(),
             children=tuple(
                 ChildVitals(child.pid, child.worker_id, child.ready, child.vitals)
                 for child in [*self._children.values()]
