@@ -13,7 +13,8 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup demo test versions slow nightly crash mutations chaos bench bench-smoke bench-peers audit deploy-check lint types layers format
+.PHONY: help setup demo test versions slow nightly crash mutations chaos bench bench-smoke bench-peers audit deploy-check \
+	lock lint types layers format
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,8 +74,23 @@ audit: setup ## Look dependencies up in the database of known vulnerabilities; n
 	test -x .audit/bin/pip-audit || { $(PYTHON) -m venv .audit; .audit/bin/python -m pip install --quiet pip-audit; }
 	.audit/bin/pip-audit --strict --skip-editable --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-deploy-check: setup ## Check what is in deploy/, with the programs that it is for
-	$(BIN)/pytest tests/deploy tests/crash/test_scrape.py $(ARGS)
+DEPLOY_STAMP := .venv/.installed-deploy
+
+$(DEPLOY_STAMP): pyproject.toml $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[deploy]'
+	touch $@
+
+deploy-check: $(DEPLOY_STAMP) ## Validate all of deploy/; what `make test` skips for want of a tool fails here
+	STEPWELL_DEPLOY_CHECK=1 $(BIN)/pytest tests/deploy tests/crash/test_scrape.py $(ARGS)
+
+# Without an address in them: whoever builds the image gets the files from where he gets all others.
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command 'make lock' $(ARGS)
+
+lock: $(DEPLOY_STAMP) ## Pin by hash what the image gets; ARGS=--upgrade takes the newest
+	$(LOCK) --extra encryption pyproject.toml --output-file deploy/requirements.txt
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" \
+		| $(LOCK) - --output-file deploy/requirements-build.txt
 
 lint: setup ## Check style and format
 	$(BIN)/ruff check .
