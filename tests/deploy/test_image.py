@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 
+import psycopg
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -23,6 +25,7 @@ TEXT = (ROOT / "deploy/Dockerfile").read_text()
 DOCKERFILE = Dockerfile.parse(TEXT)
 IMAGE = DOCKERFILE.stages[-1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PORT = "9464"
 LOCKS = [ROOT / "deploy/requirements.txt", ROOT / "deploy/requirements-build.txt"]
 
 
@@ -35,6 +38,12 @@ def locked(file: Path) -> dict[str, tuple[Requirement, list[str]]]:
         requirement = Requirement(said.strip())
         made[canonicalize_name(requirement.name)] = requirement, [each.strip() for each in hashes]
     return made
+
+
+def free_port() -> str:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return str(taken.getsockname()[1])
 
 
 # -- the text ----------------------------------------------------------------------------------------
@@ -55,7 +64,8 @@ def test_the_image_is_slim_runs_as_nobody_special_and_looks_after_its_health() -
     uid, gid = IMAGE.last("USER").text.split(":")
     assert gid.isdigit()
     assert int(uid) > 999, "Kubernetes has to see that it is not root"
-    assert "/healthz" in IMAGE.last("HEALTHCHECK").text
+    assert IMAGE.last("EXPOSE").text == PORT
+    assert f":{PORT}/healthz" in IMAGE.last("HEALTHCHECK").text
     assert IMAGE.last("ENTRYPOINT").arguments == ["stepwell"]
 
 
@@ -137,24 +147,39 @@ def test_what_only_the_build_needs_stays_behind(image: Room) -> None:
 
 
 @pytest.mark.packaging
-def test_a_worker_of_it_is_healthy_and_drains(image: Room, tcp_url: str) -> None:
+def test_compose_up_would_welcome_the_leads(image: Room, tcp_url: str) -> None:
+    """The services of deploy/compose.yaml that run our image, with their commands, in the order that they wait for."""
+    yaml = tools.module("yaml", tools.EXTRA)
+    services = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())["services"]
     environment = {"STEPWELL_DATABASE_URL": tcp_url}
-    check = IMAGE.last("HEALTHCHECK").text.partition("CMD ")[2]
-    migrated = image.run("stepwell", "migrate", environment=environment)
+    port = free_port()
+    check = json.loads(IMAGE.last("HEALTHCHECK").text.partition("CMD ")[2].replace(PORT, port))
+    ready = [word.replace("healthz", "readyz") for word in check]
+
+    def argv(name: str) -> list[str]:
+        entrypoint = services[name].get("entrypoint", IMAGE.last("ENTRYPOINT").arguments)
+        return [word.replace(PORT, port) for word in [*entrypoint, *services[name]["command"]]]
+
+    migrated = image.run(*argv("migrate"), environment=environment)
     assert migrated.returncode == 0, migrated.stderr
+    assert image.run(*check).returncode != 0  # there is nobody yet
     worker = subprocess.Popen(
-        image.command(
-            ["stepwell", "worker", "examples/welcome.py", "--processes", "2", "--metrics-port", "9464"], environment
-        ),
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        image.command(argv("worker"), environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
-        assert image.run(*json.loads(check)).returncode != 0, "somebody else serves port 9464 on this machine"
-        wait_until(lambda: image.run(*json.loads(check)).returncode == 0, what="the health check")
-        wait_until(
-            lambda: image.run(*json.loads(check.replace("healthz", "readyz"))).returncode == 0, what="readyz"
-        )
+        wait_until(lambda: image.run(*check).returncode == 0, what="the health check")
+        wait_until(lambda: image.run(*ready).returncode == 0, what="readiness")
+        leads = image.run(*argv("leads"), environment=environment)
+        assert leads.returncode == 0, leads.stdout + leads.stderr
+        with psycopg.connect(tcp_url, autocommit=True) as db:
+            wait_until(
+                lambda: db.execute("select count(*) from crm_leads").fetchone() == (10,), what="ten leads"
+            )
     finally:
         worker.terminate()
-        said = worker.communicate(timeout=60)[1]
+        said = worker.communicate(timeout=60)[0]
     assert worker.returncode == 0, said
+    assert said.count("mail to ") == 10
