@@ -78,6 +78,10 @@ DEPLOY_STAMP := .venv/.installed-deploy
 
 $(DEPLOY_STAMP): pyproject.toml $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[deploy]'
+	mkdir -p .venv/kubernetes-models
+	cd .venv/kubernetes-models && echo '{"private": true}' >package.json && \
+		npm install --silent --no-audit --no-fund --no-package-lock --ignore-scripts \
+		@kubernetes-models/keda @kubernetes-models/prometheus-operator
 	touch $@
 
 deploy-check: $(DEPLOY_STAMP) ## Validate all of deploy/; what `make test` skips for want of a tool fails here
