@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from outbox.settings import Settings
+from tests.deploy import tools
 from tests.deploy.stops import longest_stop_seconds
 from tests.waiting import wait_until
 from worker.supervision.pipe import EXIT_CONFIG
@@ -26,13 +27,14 @@ EXAMPLE = ROOT / "deploy/systemd/leads.env.example"
 MOST_EXPOSED = 2.0
 """What `systemd-analyze security` may say at the most, of ten; of a unit without hardening it says 9.6."""
 
-needs_systemd = pytest.mark.skipif(
-    shutil.which("systemd-analyze") is None, reason="needs systemd-analyze: the Debian package systemd"
-)
+
+@pytest.fixture(scope="module")
+def analyze() -> str:
+    return tools.program("systemd-analyze", "it comes with the Debian package systemd")
 
 
 @pytest.fixture
-def system(tmp_path: Path) -> Path:
+def system(analyze: str, tmp_path: Path) -> Path:
     """A directory that looks as a machine's root does to systemd, with the unit and what it starts installed."""
     units = tmp_path / "root/etc/systemd/system"
     program = tmp_path / "root/opt/stepwell/bin/stepwell"
@@ -44,27 +46,24 @@ def system(tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
-def verified(system: Path) -> subprocess.CompletedProcess[str]:
-    command = ["systemd-analyze", f"--root={system}", "verify", "stepwell-worker@leads.service"]
+def verified(analyze: str, system: Path) -> subprocess.CompletedProcess[str]:
+    command = [analyze, f"--root={system}", "verify", "stepwell-worker@leads.service"]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@needs_systemd
-def test_systemd_reads_the_unit_without_a_complaint(system: Path) -> None:
-    done = verified(system)
+def test_systemd_reads_the_unit_without_a_complaint(analyze: str, system: Path) -> None:
+    done = verified(analyze, system)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@needs_systemd
-def test_a_mistake_in_the_unit_would_be_found(system: Path) -> None:
+def test_a_mistake_in_the_unit_would_be_found(analyze: str, system: Path) -> None:
     unit = system / "etc/systemd/system" / UNIT.name
     unit.write_text(unit.read_text().replace("KillMode=mixed", "KillMode=gently"))
-    assert "kill mode" in verified(system).stderr
+    assert "kill mode" in verified(analyze, system).stderr
 
 
-@needs_systemd
-def test_the_unit_is_hardened() -> None:
-    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(UNIT)]
+def test_the_unit_is_hardened(analyze: str) -> None:
+    command = [analyze, "security", "--offline=true", "--no-pager", str(UNIT)]
     said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     exposed = re.search(r"Overall exposure level for \S+: ([\d.]+)", said)
     assert exposed is not None, said

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.supervising import Db
+from tests.security.members import member_of
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,3 +125,19 @@ def test_without_metrics_nobody_exports(db: Db, database_url: str, tmp_path: Pat
         supervisor, workers = most(db, "asynchronous")
     assert supervisor == SUPERVISOR
     assert max(workers) == ENGINE
+
+
+def test_workers_wait_while_the_database_has_no_session_left_for_them(
+    db: Db, database_url: str, tmp_path: Path
+) -> None:
+    with member_of("stepwell_worker", database_url, db) as member:
+        db.execute(f"alter role {member.name} connection limit 3".encode())  # the test has one of them
+        with worker(member.url, tmp_path, "--metrics-port", "0"):
+            wait_until(lambda: "too many connections" in (tmp_path / "log").read_text())
+            db.execute("select stepwell.enqueue('asynchronous')")
+            db.execute(f"alter role {member.name} connection limit -1".encode())
+            wait_until(lambda: db.execute("select state from stepwell.runs").fetchone() == ("succeeded",))
+        log = (tmp_path / "log").read_text()
+        assert "the database can be reached again" in log
+        assert "another takes its place" not in log  # nobody gave up over it
+        wait_until(lambda: not sessions(db))
