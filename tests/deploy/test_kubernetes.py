@@ -247,7 +247,7 @@ def test_the_question_to_the_database_never_reads_the_whole_queue(scaled: Resour
 
 def test_the_question_to_prometheus_names_a_metric_of_the_exporter(scaled: Resources) -> None:
     metadata = triggers(scaled)["prometheus"]["metadata"]
-    exporter = (ROOT / "worker/telemetry/exporter.py").read_text()
+    exporter = (ROOT / "worker/telemetry/snapshot.py").read_text()
     metric = metadata["query"].removeprefix("max(").partition("{")[0]
     assert f'"{metric}"' in exporter
     # Nobody exports it when no worker runs; that must not be an error, nor keep anything up.

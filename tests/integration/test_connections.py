@@ -87,6 +87,11 @@ def sessions(db: Db) -> Counter[str]:
     return Counter(name for (name,) in db.execute(statement))
 
 
+def supervisors(db: Db) -> int:
+    """Return how many sessions there are of the supervisor with its exporter."""
+    return sum(count for name, count in sessions(db).items() if not re.fullmatch(r"stepwell \d+", name))
+
+
 def most(db: Db, workflow: str) -> tuple[int, list[int]]:
     """Run many at once, and as many without transactions; return the most sessions of the supervisor with its exporter, and of each worker process."""
     statement = "select stepwell.enqueue(name) from generate_series(1, %s), unnest(%s::text[]) name"
@@ -113,6 +118,7 @@ def test_sessions_depend_on_processes_and_libraries_and_not_on_concurrency(
         wait_until(
             lambda: len([n for n in sessions(db) if n[-1].isdigit() and "supervisor" not in n]) == PROCESSES
         )
+        wait_until(lambda: supervisors(db) >= SUPERVISOR + EXPORTER)  # which connects at leisure
         supervisor, workers = most(db, workflow)
     assert supervisor == SUPERVISOR + EXPORTER
     # A process that the others leave nothing to flush opens no session for it.
@@ -122,6 +128,7 @@ def test_sessions_depend_on_processes_and_libraries_and_not_on_concurrency(
 
 def test_without_metrics_nobody_exports(db: Db, database_url: str, tmp_path: Path) -> None:
     with worker(database_url, tmp_path):
+        wait_until(lambda: supervisors(db) >= SUPERVISOR)
         supervisor, workers = most(db, "asynchronous")
     assert supervisor == SUPERVISOR
     assert max(workers) == ENGINE

@@ -25,7 +25,7 @@ FOR_OPERATORS = frozenset(
 INTERNAL = frozenset(
     {
         "new_id", "ring", "claimed_as", "wake", "standing", "undone", "at_or_after", "reopen", "has_come_to",
-        "comes_after", "resume_calls", "noted_cancelled", "beyond", "family_of", "refuse_forgotten", "forgotten_fault", "poisoned", "has_mail",
+        "comes_after", "resume_calls", "noted_cancelled", "is_cancelled", "has_only_continued", "beyond", "family_of", "refuse_forgotten", "forgotten_fault", "poisoned", "has_mail",
         "size_of", "fits",
     }
 )  # fmt: skip
