@@ -35,6 +35,7 @@ test: setup ## Run all tests but the slow ones
 	$(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow' $(ARGS)
 
 versions: setup ## Run the tests that need a database on the other versions of Postgres that are here
+	export STEPWELL_PROGRAMS=$${STEPWELL_PROGRAMS:-50}; \
 	for version in $$($(BIN)/python -m tests.postgres); do \
 		echo "on Postgres $$version"; \
 		$(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow' --postgres $$version tests/integration tests/crash $(ARGS); \
