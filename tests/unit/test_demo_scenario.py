@@ -1,14 +1,16 @@
-"""The pure parts of the demo's scenario: its pace, and how it takes note of signals."""
+"""What the demo's scenario does without its processes: its pace, its port, and how it takes note of signals."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 
 import pytest
 
 from worker.demo.interruption import Interrupted, Interruption
+from worker.demo.processes import reserved_port
 from worker.demo.scenario import WAVES, WAVES_TAKE_SECONDS, pace
 
 
@@ -50,3 +52,23 @@ def test_without_a_signal_a_sleep_lasts_its_time() -> None:
         interruption.sleep(0.06)
 
     assert time.monotonic() - started >= 0.06
+
+
+def test_two_demos_that_start_at_once_do_not_take_one_port() -> None:
+    with socket.socket() as probe:
+        probe.bind(("0.0.0.0", 0))
+        wanted = probe.getsockname()[1]
+
+    with reserved_port(wanted) as first, reserved_port(wanted) as second:
+        assert first == wanted
+        assert second != wanted
+    with reserved_port(wanted) as again:
+        assert again == wanted
+
+
+def test_a_port_that_somebody_listens_on_is_not_taken() -> None:
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        with reserved_port(other.getsockname()[1]) as port:
+            assert port != other.getsockname()[1]

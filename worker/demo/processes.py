@@ -8,13 +8,15 @@ provider ends with its standard input; the workers stay until the next demo clea
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -163,11 +165,44 @@ def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> N
         os.killpg(process.pid, number)  # the leader of its session: its pid is the group's id
 
 
-def free_port(wanted: int, host: str = "0.0.0.0") -> int:  # noqa: S104 - where the metrics are served
-    """Return `wanted` if nobody listens there, else a port that is free now."""
-    for port in (wanted, 0):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+@contextlib.contextmanager
+def reserved_port(wanted: int, host: str = "0.0.0.0") -> Iterator[int]:  # noqa: S104 - where the metrics are served
+    """Yield `wanted` if nobody listens there and no other demo has it, else a port that is free now.
+
+    Until the workers listen, nothing but a locked file tells another demo, started in the same moment, that it is taken.
+    """
+    lock = Path(tempfile.gettempdir()) / f"stepwell-demo-port-{wanted}-{os.getuid()}"
+    try:
+        held = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError:  # a temporary directory that cannot be written to: then as well as can be told
+        yield wanted if _is_free(wanted, host) else _any_port(host)
+        return
+    try:
+        yield wanted if _is_locked_by_us(held) and _is_free(wanted, host) else _any_port(host)
+    finally:
+        os.close(held)
+
+
+def _is_locked_by_us(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_free(port: int, host: str) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
             probe.bind((host, port))
-            return int(probe.getsockname()[1])
+        except OSError:
+            return False
+    return True
+
+
+def _any_port(host: str) -> int:
+    with socket.socket() as probe, contextlib.suppress(OSError):
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
     raise ConfigError("no TCP port is free on this machine")

@@ -33,7 +33,7 @@ from worker.demo.interruption import Interrupted, Interruption
 from worker.demo.kills import Kills
 from worker.demo.leads import Intake, take_in
 from worker.demo.maildir import Maildir
-from worker.demo.processes import Provider, Workers, free_port, log_end
+from worker.demo.processes import Provider, Workers, log_end, reserved_port
 from worker.demo.queries import load
 from worker.demo.report import Facts, Report, Unanswered, report_of, show
 from worker.demo.workflows import welcome_lead
@@ -113,7 +113,7 @@ def _stage(options: Options, console: Console, interruption: Interruption) -> It
         stack.callback(provider.stop)
         smtp_port = provider.start()
         interruption.check()
-        metrics_port = free_port(options.metrics_port)
+        metrics_port = stack.enter_context(reserved_port(options.metrics_port))
         if metrics_port != options.metrics_port:
             console.print(
                 f"Port {options.metrics_port} is taken: metrics are on {metrics_port}.", highlight=False
