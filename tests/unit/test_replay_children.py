@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from datetime import timedelta
 from typing import Any
@@ -212,6 +213,21 @@ def test_a_child_is_not_made_with_what_its_workflow_does_not_take(call: Any, wro
     assert message.startswith("workflow child, field n: expected `int`")
     assert value == 2
     assert drive(body, record(decision.path, "one", value=2), driven=0).start() == ended
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+def test_what_a_join_did_not_come_to_was_not_forgotten_by_the_body(limit: int | None) -> None:
+    async def body() -> str:
+        try:
+            await (
+                gather(child(1.5), child(1), child(2)) if limit is None else map(child, [1.5, 1], limit=limit)
+            )
+        except PayloadError:
+            pass
+        gc.collect()
+        return "caught"
+
+    assert drive(body).start() == Finish('"caught"')
 
 
 def test_a_run_that_does_not_catch_it_fails() -> None:

@@ -307,10 +307,10 @@ class Course(Judged):
 
     def _begin_next(self, join: Join) -> bool:
         """Begin the next branch; tell whether the join is over by that."""
-        join.begun += 1
-        branch = join.call.branches[join.begun - 1]
         if join.over:
             return True
+        join.begun += 1
+        branch = join.call.branches[join.begun - 1]
         prefix = (*join.path, join.begun)
         if isinstance(branch, Call) and branch.kind in _LIGHT:
             path = (*prefix, 1)
