@@ -628,7 +628,7 @@ SESSIONS = [
     ),
     mutant(
         "calls in flight are settled once", "whenever an undo is resumed", "worker/replay/driver.py",
-        "if paths and not self._cursor.has_begun_undo():", "if paths:",
+        "if paths and not begun:", "if paths:",
         *unit("replay_undo", "an_undo_that_has_begun_is_resumed_wherever_it_was_interrupted"),
     ),
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from urllib.request import urlopen
 import pytest
 import yaml
 
+from tests.deploy.tools import COMPLETE
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,8 +27,8 @@ CONFIGURATION = DEPLOYED / "prometheus.yml"
 RULES = sorted((DEPLOYED / "rules").glob("*.yml"))
 EVERY = "1s"
 
-needs_prometheus = pytest.mark.skipif(
-    not (shutil.which("prometheus") and shutil.which("promtool")),
+needs_prometheus = pytest.mark.skipif(  # `make deploy-check` wants it all: there the test fails instead
+    not (shutil.which("prometheus") and shutil.which("promtool")) and COMPLETE not in os.environ,
     reason="prometheus and promtool are not here: install the Debian package prometheus",
 )
 

@@ -55,7 +55,7 @@ class Bill(Counter[str]):
                 self[name] += 1
             return cursor
 
-        connection.execute = counting  # type: ignore[assignment]
+        connection.execute = counting  # type: ignore[assignment]  # it is called with a text alone
 
 
 @pytest_asyncio.fixture

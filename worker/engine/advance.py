@@ -53,13 +53,13 @@ class Advance(Claimed):
         self._history: list[Record] | None = history
         self._mailbox = Mailbox(mail, means.keyring)
         self._replay: Replay | None = None
-        self._unwritten: tuple[Record, ...] = ()
         self._step: DoStep | None = None
         """What it is about to execute, or executes, with the executions that it knows of."""
 
     # -- turns
 
-    async def _opening(self) -> Turn:
+    async def _opening(self, unwritten: tuple[Record, ...] = ()) -> Turn:
+        """Return the first turn. `unwritten` is what this claim has executed of a step and could not write down."""
         standing = self._standing
         passed = standing.deadline_passed()
         if passed is not None and standing.driven < 0 and not self._history:
@@ -68,7 +68,7 @@ class Advance(Claimed):
         self._history = None  # the replay has what it needs of it
         if isinstance(decision, Block):
             return await self._objected(decision)
-        executed = self._executed_before(decision)
+        executed = self._anew(decision, unwritten)
         if executed and executed[-1].n == 0:
             return Turn(self._delivered(executed[-1]), executed)
         cancelling = (self.claim.cancelling or self._cancelling) and not standing.cancelled
@@ -81,15 +81,13 @@ class Advance(Claimed):
     async def _again(self, refused: Turn) -> Turn:
         """Drive anew: what was recorded meanwhile comes before what this claim wanted to record."""
         await self._read_again()
-        self._unwritten = tuple(record for record in refused.records if record.kind == "step")
-        return await self._opening()
+        return await self._opening(tuple(record for record in refused.records if record.kind == "step"))
 
-    def _executed_before(self, decision: Decision) -> tuple[Record, ...]:
-        """Return, to be written now, what this claim has executed of a step, and could not write down before.
+    def _anew(self, decision: Decision, unwritten: tuple[Record, ...]) -> tuple[Record, ...]:
+        """Return what this claim has executed of a step, to be written now.
 
         What others record beside it does not make the step wrong, nor another one the next.
         """
-        unwritten, self._unwritten = self._unwritten, ()
         if type(decision) is not DoStep or any(record.path != decision.path for record in unwritten):
             return ()
         if unwritten:

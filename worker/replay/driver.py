@@ -296,14 +296,15 @@ class Replay(Asides):
     def _undone(self, decision: Decision) -> Decision | None:
         """Undo the completed steps, then let the decision stand. One that cannot be undone needs a person."""
         self._undoing_now = True
-        if self._cursor.has_begun_undo():
+        begun = self._cursor.has_begun_undo()
+        if begun:
             self.begin_nobody()
         main = self._main_strand
         undoing = self._undoing
         if undoing is None:
             return self._all_undone(decision)
         paths = undoing.unsettled()
-        if paths and not self._cursor.has_begun_undo():  # else they were settled before the first undo
+        if paths and not begun:  # else they were settled before the first undo
             self._settling = Settle(paths, self.fresh)
             self._away(main)
         # Passes over what is recorded of calls that nobody waited for. A cancellation changes nothing any more.
