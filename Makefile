@@ -62,7 +62,13 @@ mutations: setup ## Turn off one guard after the other, and see that a test noti
 chaos: setup ## Let everything go wrong under a mixed load, MINUTES=10 long, SEED=… says how
 	$(BIN)/python -m tests.crash.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
-bench-peers: setup ## Measure other systems beside it, each set up as its documentation advises; needs the network
+BENCH_STAMP := .venv/.installed-bench
+
+$(BENCH_STAMP): pyproject.toml $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	touch $@
+
+bench-peers: $(BENCH_STAMP) ## Measure other systems beside it, each set up as its documentation advises; needs the network
 	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 bench: setup ## Measure: runs per second, latency, recovery; ARGS='--all' for all there is

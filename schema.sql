@@ -320,17 +320,20 @@ $$;
 -- deploy an old worker may start once more after the first new one: nobody would take these runs when it is gone. Null:
 -- nobody has published it.
 create function stepwell.current_version(workflow text) returns text
-    language sql stable security definer
+    language plpgsql stable security definer
     set search_path = pg_catalog, stepwell, pg_temp
 as $$
-    select w.version
-    from stepwell.workflows w
-    where w.name = workflow
-    order by case when count(*) over () > 1 then exists (
-                 select from stepwell.workers k
-                 where k.dead_at is null and stepwell.claimed_as(w.name, w.version) = any (k.names)) end desc,
-             w.seen_at desc
-    limit 1
+begin
+    return (
+        select w.version
+        from workflows w
+        where w.name = workflow
+        order by case when count(*) over () > 1 then exists (
+                     select from workers k
+                     where k.dead_at is null and claimed_as(w.name, w.version) = any (k.names)) end desc,
+                 w.seen_at desc
+        limit 1);
+end
 $$;
 
 -- Enqueue one run for each input, in the caller's transaction; answers in the order of the inputs.
@@ -360,17 +363,15 @@ as $$
 declare
     many    constant int := coalesce(cardinality(inputs), 0);
     due     constant timestamptz := coalesce(enqueue_many.at, clock_timestamp() + enqueue_many.delay);
-    v_queue   text;
-    v_version text;
+    v_queue   text := enqueue_many.queue;
+    v_version constant text := coalesce(enqueue_many.version, current_version(enqueue_many.workflow), '');
     ids     uuid[];
     owners  uuid[];
 begin
-    select w.queue, w.version into v_queue, v_version
-    from workflows w
-    where w.name = enqueue_many.workflow
-      and w.version = coalesce(enqueue_many.version, current_version(enqueue_many.workflow));
-    v_queue := coalesce(enqueue_many.queue, v_queue, 'default');
-    v_version := coalesce(enqueue_many.version, v_version, '');
+    if v_queue is null then
+        select w.queue into v_queue from workflows w where w.name = enqueue_many.workflow and w.version = v_version;
+        v_queue := coalesce(v_queue, 'default');
+    end if;
     if enqueue_many.workflow is null or octet_length(enqueue_many.workflow) not between 1 and 255 then
         raise exception 'stepwell: the workflow name must have 1 to 255 bytes' using errcode = '22023';
     end if;
@@ -418,7 +419,8 @@ begin
         raise exception 'stepwell: the input of a run must be a JSON object, parameter name to value'
             using errcode = '22023', hint = 'for one parameter "lead": {"lead": ...}';
     end if;
-    if exists (select from unnest(enqueue_many.keys) k where octet_length(k) > 512) then
+    if enqueue_many.keys is not null
+       and exists (select from unnest(enqueue_many.keys) k where octet_length(k) > 512) then
         raise exception 'stepwell: a key has more than 512 bytes' using errcode = '22023';
     end if;
     if many = 0 then
@@ -427,7 +429,7 @@ begin
 
     select array_agg(new_id()) into ids from generate_series(1, many);
     owners := ids;
-    if exists (select from unnest(enqueue_many.keys) k where k is not null) then
+    if enqueue_many.keys is not null and exists (select from unnest(enqueue_many.keys) k where k is not null) then
         loop
             insert into keys (workflow, key, run_id)
             select distinct on (k.key) enqueue_many.workflow, k.key, k.id
@@ -477,14 +479,17 @@ create function stepwell.enqueue(
     deadline interval    default null,
     version  text        default null)
 returns uuid
-    language sql security definer
+    language plpgsql security definer
     set search_path = pg_catalog, stepwell, pg_temp
 as $$
-    select e.id from stepwell.enqueue_many(
-        enqueue.workflow, array[enqueue.input],
-        case when enqueue.key is null then null else array[enqueue.key] end,
-        enqueue.queue, enqueue.priority, enqueue.delay, enqueue.at, enqueue.lane, enqueue.tenant,
-        enqueue.labels, enqueue.deadline, enqueue.version) e
+begin
+    return (
+        select e.id from enqueue_many(
+            enqueue.workflow, array[enqueue.input],
+            case when enqueue.key is null then null else array[enqueue.key] end,
+            enqueue.queue, enqueue.priority, enqueue.delay, enqueue.at, enqueue.lane, enqueue.tenant,
+            enqueue.labels, enqueue.deadline, enqueue.version) e);
+end
 $$;
 
 -- Ask for the end of a run: inserts a wake task, which a worker applies. A run that waits or is pending
@@ -1377,6 +1382,8 @@ begin
     end if;
 
     if coalesce(cardinality(ids), 0) = 0 then
+        -- Nothing to be lost: the lock of the worker's row need not reach the disk before the next claim.
+        perform set_config('synchronous_commit', 'off', true);
         return;
     end if;
     with taken as (
@@ -1416,12 +1423,14 @@ $$;
 
 -- Note that this worker is idle on these queues for so many seconds: enqueue rings for it meanwhile.
 create function stepwell.idle_v1(me bigint, my_queues text[], lease float8) returns void
-    language sql
+    language plpgsql
     set search_path = pg_catalog, stepwell, pg_temp
 as $$
-    insert into stepwell.doorbell (worker, queue, until)
+begin
+    insert into doorbell (worker, queue, until)
     select me, q, clock_timestamp() + make_interval(secs => lease) from unnest(my_queues) q order by q
-    on conflict (worker, queue) do update set until = excluded.until
+    on conflict on constraint doorbell_pkey do update set until = excluded.until;
+end
 $$;
 
 -- One transition of one claimed task, as the claimant sends it.

@@ -55,7 +55,7 @@ class Settings:
     """Connections per worker process for transactional steps."""
     poll_seconds: float = 1.0
     """How long an idle worker waits for a ring before it looks by itself."""
-    doorbell_seconds: float = 1.5
+    doorbell_seconds: float = 5.0
     """How long the lease of an idle worker asks producers to ring; longer than a poll, so that it never lapses."""
     beat_seconds: float = 1.0
     """How often a supervisor beats for its workers."""

@@ -17,7 +17,7 @@ from worker.engine.transitions import Transition, Writing
 
 TICK_SECONDS = 1.0
 """The longest pause between two looks at the timers. A new timer of this process, or a ring, ends it sooner."""
-HOUSEKEEPING_SECONDS = 5.0
+HOUSEKEEPING_SECONDS = 6.0
 PROMOTE_AT_MOST = 1000
 SET_ASIDE_AT_MOST = 5000
 

@@ -156,6 +156,8 @@ class Claimant:
         self._connection: AsyncConnection[Any] | None = None
         self._lock = asyncio.Lock()
         self._floors = _Floors()
+        self._rung_for: list[str] = []
+        self._rung_until = 0.0
         self.connections = 0
 
     @property
@@ -201,11 +203,21 @@ class Claimant:
         rows = await self._run("claim", parameters)
         claims = [Claim(*row) for row in rows]
         self._floors.raise_to(queue, claims)
+        if claims:
+            self._rung_until = 0.0  # a claim that finds something gives the lease back
         return claims
 
-    async def idle(self, queues: list[str], lease_seconds: float) -> None:
-        """Ask producers of these queues to ring for so long."""
-        await self._run("idle", (self.worker_id, queues, lease_seconds))
+    async def idle(self, queues: list[str], lease_seconds: float, *, at_least_seconds: float) -> bool:
+        """Have producers of these queues ring for so long, for `at_least_seconds` from now on.
+
+        Return whether they have been asked to all along since the claim before this: nothing has come without a ring then.
+        """
+        asked_at = time.monotonic()
+        rung = asked_at < self._rung_until and queues == self._rung_for
+        if not rung or self._rung_until < asked_at + at_least_seconds:
+            await self._run("idle", (self.worker_id, queues, lease_seconds))
+            self._rung_for, self._rung_until = queues, asked_at + lease_seconds
+        return rung
 
     async def histories(self, claims: Sequence[Claim]) -> dict[UUID, list[Record]]:
         """Return the history of each claimed run since it began or started anew, in order of seq."""
@@ -290,6 +302,7 @@ class Claimant:
         if self._connection is None or self._connection.closed:
             self._connection = await self._connect()
             self.connections += 1
+            self._rung_until = 0.0  # no lease outlives a crash of the database, or a failover
         return self._connection
 
 

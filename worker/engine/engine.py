@@ -63,6 +63,10 @@ PATIENCE_SECONDS = 5.0
 LONGEST_PATIENCE_SECONDS = 300.0
 QUARANTINE_SECONDS = 5.0
 """How long a worker tries to get everything out of its hands before it gives up on a suspect."""
+LATE_SECONDS = 0.5
+"""How much longer than until its next look an idle worker asks to be rung: that look may come late."""
+POKE_SECONDS = 0.01
+"""How long after a ring the timers are looked at."""
 CUT_SECONDS = 2.0
 """How long executions that were cut short have to come back."""
 
@@ -107,7 +111,6 @@ class Engine:
         self._suspected_at: float | None = None
         self._patience_seconds = PATIENCE_SECONDS
         self._turns = self._rotation = 0
-        self._listening_until = 0.0
         self._claimant = Claimant(self._connect, worker_id, max_payload_bytes=settings.max_payload_bytes)
         self._committer = Committer(
             self._connect, worker_id, max_rows=_flush_rows(settings), max_bytes=settings.flush_max_bytes
@@ -239,6 +242,8 @@ class Engine:
                 await self._gather_slots()
             if await self.run_once() == 0:
                 await self._idle()
+            else:
+                await asyncio.sleep(0)  # what was claimed takes off before the next claim is sent
 
     async def _gather_slots(self) -> None:
         """Wait for a moment until a claim is worth its commit."""
@@ -258,8 +263,6 @@ class Engine:
             queue = self._queues[(self._rotation + turn) % len(self._queues)]
             free = self._settings.concurrency - len(self._flying)
             claims = await self._claimant.claim(queue, self._names, max(0, free))
-            if claims:
-                self._listening_until = 0.0  # a claim that found something takes the lease back
             await self._start(claims)
             claimed += len(claims)
             self._backlog = 0 < free <= len(claims)
@@ -271,18 +274,18 @@ class Engine:
 
     async def _idle(self) -> None:
         """Wait for a slot, a ring or the next poll; with free slots, ask producers to ring."""
-        if len(self._flying) >= self._settings.concurrency:
-            # Wakes and timers are applied without a slot.
-            if time.monotonic() >= self._listening_until:
-                self._listening_until = time.monotonic() + self._settings.doorbell_seconds / 2
-                await self._claimant.idle([ANY_QUEUE], self._settings.doorbell_seconds)
-            await self._wait(CANCEL_SECONDS)
-            return
-        await self._claimant.idle(self._queues, self._settings.doorbell_seconds)
-        if self._draining or await self.run_once():  # what came before the lease was seen
+        full = len(self._flying) >= self._settings.concurrency
+        # Wakes and timers are applied without a slot.
+        queues, seconds = (
+            ([ANY_QUEUE], CANCEL_SECONDS) if full else (self._queues, self._settings.poll_seconds)
+        )
+        rung = await self._claimant.idle(
+            queues, self._settings.doorbell_seconds, at_least_seconds=seconds + LATE_SECONDS
+        )
+        if not (rung or full or self._draining) and await self.run_once():  # what came before the lease
             return
         if not self._draining:
-            await self._wait(self._settings.poll_seconds)
+            await self._wait(seconds)
 
     async def _wait(self, seconds: float) -> None:
         # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with the event.
@@ -358,7 +361,8 @@ class Engine:
 
     def _rung(self) -> None:
         self._changed.set()
-        self._caretaker.poke()  # what was enqueued may have a delay
+        # What was enqueued may have a delay. Most has none, and is not to wait for a look at the timers.
+        asyncio.get_running_loop().call_later(POKE_SECONDS, self._caretaker.poke)
 
     def _held(self) -> set[int]:
         return self._starting | set(self._flying)
