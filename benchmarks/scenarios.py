@@ -46,7 +46,10 @@ def ceiling(bench: Bench, seconds: int, *, clients: int = 8) -> dict[str, float]
     """Postgres itself: rows inserted in batches of 500, each batch a transaction, by pgbench."""
     url = bench.fresh()
     with connect(url, application_name="bench") as db:
-        db.execute("create table floor_rows (n int, value json, at timestamptz default now())")
+        db.execute(
+            "create table floor_rows (id bigint generated always as identity primary key, n int, value json,"
+            " at timestamptz default now())"
+        )
     return {"rows_per_second": 500 * _pgbench(bench, url, PGBENCH_BATCHES, seconds, clients)}
 
 

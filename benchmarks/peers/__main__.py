@@ -29,7 +29,7 @@ from benchmarks.peers.systems import ROOT, System, UnavailableError, found
 
 SETTINGS = {"max_connections": "400", "listen_addresses": "127.0.0.1"}
 CALIBRATION_RUNS = 200
-FEWEST, MOST = 100, 40_000
+FEWEST, MOST = 100, 100_000
 FAILURES = (FailedError, UnavailableError, TimeoutError, psycopg.Error, OSError, subprocess.SubprocessError)
 
 
@@ -40,6 +40,7 @@ class Session:
         self.machine = machine
         self.systems = systems
         self.taken: Taken = {}
+        self.earlier: Taken = {}
         self.about: dict[str, Any] = {}
         self._seconds = seconds
         self._json_file = json_file
@@ -63,23 +64,30 @@ class Session:
         )
         click.echo(f"[{datetime.now(UTC):%H:%M:%S}] {scenario}: {name}: {said}  ({seconds:.0f} s)")
         self._json_file.write_text(
-            json.dumps({"about": self.about, "taken": self.taken}, indent=1, allow_nan=True) + "\n"
+            json.dumps({"about": self.about, "taken": self.all_taken()}, indent=1, allow_nan=True) + "\n"
         )
+
+    def all_taken(self) -> Taken:
+        """Return what was measured, with what an earlier call has measured of other scenarios."""
+        return self.earlier | self.taken
 
     def drain(self, system: System, work: str, processes: int, **options: Any) -> Figures:
         """Drain about as many runs as take so many seconds, by what is known of the system's rate."""
         key = (system.name, f"{work} {processes}")
-        if key not in self.rates:
-            runs = CALIBRATION_RUNS
-            first = scenarios.drain(self.machine, system, work, processes, runs)
-            while "commits_per_run" not in first and runs < MOST:  # over before its cost could be taken
-                runs *= 10
-                first = scenarios.drain(self.machine, system, work, processes, runs)
-            self.rates[key] = first["runs_per_second"]
-        runs = self._sized(self.rates[key])
-        figures = scenarios.drain(self.machine, system, work, processes, runs, **options)
-        self.rates[key] = figures["runs_per_second"]
-        return figures
+        runs = self._sized(self.rates[key]) if key in self.rates else CALIBRATION_RUNS
+        while True:
+            try:
+                figures = scenarios.drain(self.machine, system, work, processes, runs, **options)
+            except scenarios.TooFewError as error:  # over before it could be measured
+                if runs == MOST:
+                    raise
+                rate, wanted = error.runs_per_second, 10 * runs
+            else:
+                rate = self.rates[key] = figures["runs_per_second"]
+                if self._sized(rate) <= 2 * runs:
+                    return figures
+                wanted = runs
+            runs = min(MOST, max(wanted, self._sized(rate)))
 
     def enqueue(self, system: System, mode: str) -> Figures:
         key = (system.name, f"enqueue {mode}")
@@ -107,7 +115,7 @@ class Session:
         enqueued = self.rates.get((system.name, "enqueue bulk"), math.inf)
         if waiting / enqueued > scenarios.BACKLOG_SECONDS:
             raise FailedError(f"left out: to enqueue them would take {waiting / enqueued / 60:.0f} minutes")
-        rate = self.rates.get((system.name, f"{system.first_work()} 2"), 1000.0)
+        rate = self.rates.get((system.name, f"{system.first_work()} 1"), 1000.0)
         return scenarios.backlog(self.machine, system, waiting, min(self._sized(rate), waiting))
 
     def _sized(self, rate: float) -> int:
@@ -131,9 +139,11 @@ def _in_turn(session: Session) -> dict[str, Callable[[System], Figures] | None]:
 
 def _drained(session: Session, work: str, processes: int) -> Callable[[System], Figures] | None:
     def measuring(system: System) -> Figures:
-        if not system.can(work):
+        # Stepwell has no jobs that leave nothing behind: beside them stands its run of one recorded step.
+        doing = "one" if work == "job" and system.is_ours else work
+        if not system.can(doing):
             raise _NotApplicable
-        return session.drain(system, work, processes)
+        return session.drain(system, doing, processes)
 
     return measuring
 
@@ -168,7 +178,7 @@ def _once(session: Session, big: int) -> dict[str, Callable[[System], Figures]]:
     "--repeat", default=3, show_default=True, help="Rounds, in each of which every system has its turn."
 )
 @click.option(
-    "--seconds", default=5.0, show_default=True, help="About how long a measurement of a rate takes."
+    "--seconds", default=4.0, show_default=True, help="About how long a measurement of a rate takes."
 )
 @click.option("--postgres", default=0, help="Major version; by default the system's if it has one, else 18.")
 @click.option("--only", default="", help="Systems whose program's name contains this; Stepwell always.")
@@ -181,6 +191,7 @@ def _once(session: Session, big: int) -> dict[str, Callable[[System], Figures]]:
     default=Path("bench-peers.json"),
     show_default=True,
 )
+@click.option("--add", is_flag=True, help="Keep what the file has of scenarios that are not measured now.")
 @click.option("--write/--no-write", default=True, help="Write tables and charts into docs/.")
 def main(
     repeat: int,
@@ -190,6 +201,7 @@ def main(
     scenario: str,
     big: int,
     json_file: Path,
+    add: bool,
     write: bool,
 ) -> None:
     """Measure Stepwell and other systems, each set up as its documentation advises."""
@@ -201,6 +213,8 @@ def main(
         systems = _installed(found(only))
         session = Session(machine, systems, seconds, json_file)
         session.about = _about(version, systems)
+        if add and json_file.exists():
+            session.earlier = json.loads(json_file.read_text())["taken"]
         for round_ in range(repeat):
             _floors(session, scenario)
             for name, measuring in _in_turn(session).items():
@@ -215,10 +229,11 @@ def main(
         for name, measuring in _once(session, big).items():
             if scenario in name:
                 _each(session, name, systems, measuring)
-    for line in report.tables(session.taken):
+    taken = session.all_taken()
+    for line in report.tables(taken):
         click.echo(line)
     if write:
-        report.write(ROOT / "docs", session.about, session.taken)
+        report.write(ROOT / "docs", session.about, taken)
 
 
 def _installed(systems: list[System]) -> list[System]:

@@ -24,6 +24,8 @@ Figures = dict[str, float]
 
 WARM = 0.05
 """The part of the runs that is not counted: workers open connections, load code, fill caches."""
+WARMING = 20
+"""How many runs have started before latencies are measured."""
 DRAIN_SECONDS = 300.0
 OVER_SECONDS = 60.0
 """How long what has taken effect may take to be recorded."""
@@ -34,12 +36,20 @@ BACKLOG_SECONDS = 120.0
 """How long a backlog may take to be enqueued."""
 
 
+class TooFewError(FailedError):
+    """The runs were over too soon. `runs_per_second` has the right order of magnitude, and no more."""
+
+    def __init__(self, runs: int, runs_per_second: float) -> None:
+        super().__init__(f"{runs} runs are over before they can be measured")
+        self.runs_per_second = runs_per_second
+
+
 def drain(
     bench: Bench, system: System, work: str, processes: int, runs: int, *, stuck: bool = False
 ) -> Figures:
     """Drain runs that were enqueued beforehand; count every effect; say what each run has cost.
 
-    `stuck`: a transaction that began before they were enqueued stays open meanwhile.
+    `stuck`: a transaction that began before they were enqueued stays open meanwhile. Raises TooFewError.
     """
     with stage(bench, system) as on, contextlib.ExitStack() as open_transactions:
         if stuck:
@@ -53,7 +63,7 @@ def drain(
 def _drained(on: Stage, work: str, processes: int, runs: int, *, of: int | None = None) -> Figures:
     """Start the workers and drain `runs`, all that there are unless `of` says how many there are."""
     steps = STEPS[work]
-    started = time.monotonic()
+    at_first, started = on.cost(), time.monotonic()
     for _ in range(processes):
         on.start_worker()
     on.wait_for_effects(max(1, int(runs * steps * WARM)), DRAIN_SECONDS, every=0.002)
@@ -62,10 +72,9 @@ def _drained(on: Stage, work: str, processes: int, runs: int, *, of: int | None 
     on.wait_for_effects(runs * steps, DRAIN_SECONDS, every=0.002)
     ended, late, after = time.monotonic(), on.took_effect(), on.cost()
     counted = (late - early) / steps
-    if counted >= runs / 2:
-        figures = {"runs_per_second": counted / (ended - began)} | after.since(before, counted)
-    else:  # too few, and too fast: a first look at a system, of which only the order of magnitude counts
-        figures = {"runs_per_second": runs / (ended - started)}
+    if counted < runs / 2:
+        raise TooFewError(runs, runs / (ended - started))
+    figures = {"runs_per_second": counted / (ended - began)}
     if of is not None:
         return figures
     with contextlib.suppress(TimeoutError):
@@ -74,7 +83,9 @@ def _drained(on: Stage, work: str, processes: int, runs: int, *, of: int | None 
         raise FailedError(f"{left} of {runs} runs are not over although every step took effect")
     if on.took_effect() != runs * steps:
         raise FailedError(f"{on.took_effect()} effects instead of {runs * steps}")
-    return figures
+    on.stop()  # a backend says how much it has committed now and then, and at its end
+    commits = on.cost().commits - at_first.commits
+    return figures | after.since(before, counted) | {"commits_per_run": commits / runs}
 
 
 def enqueue(bench: Bench, system: System, mode: str, runs: int) -> Figures:
@@ -91,18 +102,17 @@ def latency(bench: Bench, system: System, processes: int, count: int, per_second
     with stage(bench, system) as on:
         for _ in range(processes):
             on.start_worker()
-        on.run("drip", 20, 20)  # everything is loaded
-        wait_for(lambda: len(on.marked()) >= 20, OVER_SECONDS)
-        on.marks.unlink()
+        on.run("drip", WARMING, 20)  # everything is loaded
+        wait_for(lambda: len(on.marked()) >= WARMING, OVER_SECONDS)
         enqueued = {
             word: int(at)
             for word, at in (line.split() for line in on.run("drip", count, per_second).splitlines())
         }
         try:
-            wait_for(lambda: len(on.marked()) >= count, OVER_SECONDS, every=0.05)
+            wait_for(lambda: len(on.marked()) >= WARMING + count, OVER_SECONDS, every=0.05)
         except TimeoutError:
-            raise FailedError(f"{len(on.marked())} of {count} runs have started") from None
-        waits = sorted((at - enqueued[word]) / 1e6 for word, at, _ in on.marked())
+            raise FailedError(f"{len(on.marked()) - WARMING} of {count} runs have started") from None
+        waits = sorted((at - enqueued[word]) / 1e6 for word, at, _ in on.marked()[WARMING:])
         took = (max(enqueued.values()) - min(enqueued.values())) / 1e9
         return {
             "p50_ms": statistics.median(waits),
@@ -148,7 +158,9 @@ def backlog(bench: Bench, system: System, waiting: int, runs: int) -> Figures:
     with stage(bench, system) as on:
         on.enqueue(system.first_work(), waiting)
         on.settle()
-        return {"runs_per_second": _drained(on, system.first_work(), 2, runs, of=waiting)["runs_per_second"]}
+        return _drained(
+            on, system.first_work(), 1, runs, of=waiting
+        )  # the first of two would have the small one for itself
 
 
 def idle(bench: Bench, system: System) -> Figures:
