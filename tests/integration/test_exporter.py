@@ -33,8 +33,15 @@ WORKER = 4711
 
 
 @contextmanager
-def serving(url: str, directory: Path, not_ready: Callable[[], list[str]] = list) -> Iterator[Exporter]:
-    with Exporter(url, directory=directory, host="127.0.0.1", port=0, not_ready=not_ready) as exporter:
+def serving(
+    url: str,
+    directory: Path,
+    not_ready: Callable[[], list[str]] = list,
+    is_alive: Callable[[], bool] = lambda: True,
+) -> Iterator[Exporter]:
+    with Exporter(
+        url, directory=directory, host="127.0.0.1", port=0, not_ready=not_ready, is_alive=is_alive
+    ) as exporter:
         yield exporter
 
 
@@ -281,6 +288,14 @@ def test_the_exporter_comes_back_after_the_database_restarts(
         assert get(exporter, "/readyz")[0] == 200
 
 
+def test_a_supervisor_whose_loop_hangs_is_not_alive(database_url: str, tmp_path: Path) -> None:
+    turning = [True]
+    with serving(database_url, tmp_path, is_alive=lambda: turning[0]) as exporter:
+        assert get(exporter, "/healthz") == (200, '{"status": "alive"}\n')
+        turning[0] = False
+        assert get(exporter, "/healthz")[0] == 503
+
+
 def test_a_database_that_does_not_answer_does_not_hold_up_a_scrape(
     db: Db, database_url: str, tmp_path: Path
 ) -> None:
@@ -327,7 +342,14 @@ def test_a_port_that_is_taken_is_said_in_a_sentence(tmp_path: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port}.*--metrics-port"):
-            Exporter("postgresql:///x", directory=tmp_path, host="127.0.0.1", port=port, not_ready=list)
+            Exporter(
+                "postgresql:///x",
+                directory=tmp_path,
+                host="127.0.0.1",
+                port=port,
+                not_ready=list,
+                is_alive=lambda: True,
+            )
 
 
 # -- the files of processes ----------------------------------------------------------------------------

@@ -142,7 +142,14 @@ def test_an_exporter_that_a_stranger_keeps_out_says_whose_session_that_is(
         stranger.db.execute(taking)
         with (
             caplog.at_level(logging.WARNING),
-            Exporter(database_url, directory=tmp_path, host="127.0.0.1", port=0, not_ready=list) as exporter,
+            Exporter(
+                database_url,
+                directory=tmp_path,
+                host="127.0.0.1",
+                port=0,
+                not_ready=list,
+                is_alive=lambda: True,
+            ) as exporter,
         ):
             for _ in range(3):
                 assert exporter._database.problem() is None, "no reason to take the worker out of service"
@@ -162,7 +169,14 @@ def test_an_exporter_that_another_one_keeps_out_says_nothing(
         colleague.db.execute("select pg_advisory_lock(hashtext('stepwell'), hashtext('exporter'))")
         with (
             caplog.at_level(logging.WARNING),
-            Exporter(database_url, directory=tmp_path, host="127.0.0.1", port=0, not_ready=list) as exporter,
+            Exporter(
+                database_url,
+                directory=tmp_path,
+                host="127.0.0.1",
+                port=0,
+                not_ready=list,
+                is_alive=lambda: True,
+            ) as exporter,
         ):
             assert exporter._database.problem() is None
             assert list(exporter._database.collect()) == []

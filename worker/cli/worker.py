@@ -92,6 +92,7 @@ def worker(
                 host=metrics_host,
                 port=metrics_port,
                 not_ready=_not_ready(supervisor),
+                is_alive=lambda: supervisor.vitals().alive,
             )
             stack.enter_context(exporter)
             logger.info("serving %s/metrics, /healthz and /readyz", exporter.address)

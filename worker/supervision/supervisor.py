@@ -133,7 +133,7 @@ class Supervisor:
         self._ending = asyncio.Event()
         self._stopping = asyncio.Event()
         self._status = EXIT_DRAINED
-        self._pulse_at = 0.0
+        self._pulse_at = time.monotonic()
         self._undertaker = Undertaker(self._connect, settings, on_reclaim=self._note_reclaim)
         self._heartbeat = Heartbeat(
             self._connect,

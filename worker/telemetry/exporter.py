@@ -214,13 +214,24 @@ class Exporter:
     """The HTTP server of one supervisor. Enter it to serve; leaving it, `stop`, is safe twice.
 
     `directory` is what `worker.telemetry.files.shared_directory` gave. `not_ready` says, in sentences, what keeps
-    the workers from claiming; it is called from a request's thread and must not block. `port` 0 takes a free one.
+    the workers from claiming, `is_alive` whether the supervisor's loop turns; both are called from a request's thread and
+    must not block. `port` 0 takes a free one.
     """
 
-    def __init__(self, url: str, *, directory: Path, host: str, port: int, not_ready: NotReady) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        directory: Path,
+        host: str,
+        port: int,
+        not_ready: NotReady,
+        is_alive: Callable[[], bool],
+    ) -> None:
         files = ProcessFiles(directory)
         self._database = DatabaseMetrics(url, on_refresh=files.fold_dead)
         self._not_ready = not_ready
+        self._is_alive = is_alive
         registry = CollectorRegistry()
         registry.register(files)
         registry.register(self._database)
@@ -261,6 +272,8 @@ class Exporter:
                 body: Iterable[bytes] = self._metrics(environ, start_response)
                 return body
             case "/healthz":
+                if not self._is_alive():
+                    return _json(start_response, "503 Service Unavailable", {"status": "hangs"})
                 return _json(start_response, "200 OK", {"status": "alive"})
             case "/readyz":
                 reasons = self._reasons()
