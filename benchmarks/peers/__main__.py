@@ -30,6 +30,8 @@ from benchmarks.peers.systems import ROOT, System, UnavailableError, found
 SETTINGS = {"max_connections": "400", "listen_addresses": "127.0.0.1"}
 CALIBRATION_RUNS = 200
 FEWEST, MOST = 100, 100_000
+SLEEPERS_ENQUEUE_SECONDS = 15
+"""How long it may take to enqueue runs that sleep, by what a system enqueues while no worker is busy beside it."""
 FAILURES = (FailedError, UnavailableError, TimeoutError, psycopg.Error, OSError, subprocess.SubprocessError)
 
 
@@ -158,8 +160,12 @@ def _once(session: Session, big: int) -> dict[str, Callable[[System], Figures]]:
     def sleeping(system: System) -> Figures:
         if not system.said["sleeps"]:
             raise _NotApplicable
-        enqueued = session.rates.get((system.name, "enqueue bulk"), 1000.0)
-        return scenarios.sleepers(session.machine, system, min(100_000, int(enqueued * 60)))
+        key = (system.name, "enqueue bulk")
+        if key not in session.rates:
+            session.enqueue(system, "bulk")
+        return scenarios.sleepers(
+            session.machine, system, min(100_000, int(session.rates[key] * SLEEPERS_ENQUEUE_SECONDS))
+        )
 
     def stuck(system: System) -> Figures:
         return session.drain(system, system.first_work(), 2, stuck=True)

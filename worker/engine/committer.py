@@ -28,6 +28,7 @@ import psycopg
 from psycopg import AsyncConnection
 
 from outbox.database import is_disconnect, retry_connecting_async
+from outbox.settings import Settings
 from outbox.transient import is_bad_data, is_conflict
 from worker.engine.transitions import Receipt, Verdict, Writing, encode, receipt_of
 from worker.queries import load
@@ -172,6 +173,14 @@ class Committer:
         logger.error("a flush of %d transitions is refused and will be sent again: %s", rows, _said(error))
         await self.close()  # another connection may reach a server that can write
         await asyncio.sleep(REFUSED_SECONDS)
+
+
+def rows_of(settings: Settings) -> int:
+    """Return how many transitions one flush takes: at most half of what can be in flight.
+
+    So this process drives one half while the database writes the other, instead of both waiting in turn.
+    """
+    return min(settings.flush_max_rows, max(32, settings.concurrency // 2))
 
 
 def _end(unanswered: Iterable[tuple[Writing, asyncio.Future[Receipt]]]) -> None:

@@ -38,7 +38,7 @@ from worker.engine.advance import Advance
 from worker.engine.caretaker import Caretaker
 from worker.engine.claimed import Claimed
 from worker.engine.claims import Claim, Claimant
-from worker.engine.committer import Committer
+from worker.engine.committer import Committer, rows_of
 from worker.engine.doorbell import ANY_QUEUE, Doorbell
 from worker.engine.errand import Errand
 from worker.engine.means import Means
@@ -113,7 +113,7 @@ class Engine:
         self._turns = self._rotation = 0
         self._claimant = Claimant(self._connect, worker_id, max_payload_bytes=settings.max_payload_bytes)
         self._committer = Committer(
-            self._connect, worker_id, max_rows=_flush_rows(settings), max_bytes=settings.flush_max_bytes
+            self._connect, worker_id, max_rows=rows_of(settings), max_bytes=settings.flush_max_bytes
         )
         self._executor = Executor(settings.threads)
         self._transactions = Transactions(url, worker_id, settings.connections, self._executor)
@@ -444,11 +444,3 @@ class Engine:
             self._turns += 1
             self._count_slots()
             metrics.hand_over()
-
-
-def _flush_rows(settings: Settings) -> int:
-    """Return how many transitions one flush takes: at most half of what can be in flight.
-
-    So this process drives one half while the database writes the other, instead of both waiting in turn.
-    """
-    return min(settings.flush_max_rows, max(32, settings.concurrency // 2))
