@@ -260,7 +260,7 @@ def _floors(session: Session, scenario: str) -> None:
     if scenario and scenario not in "pgbench":
         return
     measured = {
-        "two steps, one transaction each": ours.floor,
+        report.FLOOR: ours.floor,
         "rows inserted in batches of 500": ours.ceiling,
     }
     for (scenario_name, measuring), clients in itertools.product(measured.items(), (1, 8)):

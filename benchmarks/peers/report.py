@@ -16,6 +16,8 @@ Taken = dict[str, dict[str, list["Figures | str"]]]
 """Scenario → system → one entry for each round: its figures, or why there are none."""
 
 BEGIN, END = "<!-- peers: begin -->", "<!-- peers: end -->"
+FLOOR = "two steps, one transaction each"
+"""What pgbench does of the same work."""
 CHARTS = {
     "two steps, 2 workers": "Durable workflow of two steps, 2 workers, runs/s",
     "ten steps, 2 workers": "Durable workflow of ten steps, 2 workers, runs/s",
@@ -104,17 +106,19 @@ def number(value: float) -> str:
 
 
 def ratios(taken: Taken, scenario: str) -> list[str]:
-    """Return Stepwell's median rate by that of each other system, round by round."""
-    systems = taken.get(scenario, {})
-    base = [each for each in systems.get("Stepwell", []) if not isinstance(each, str)]
+    """Return Stepwell's rate by that of each other system in the same round; of two steps, by pgbench's as well."""
+    systems = dict(taken[scenario])
+    ours = systems.pop("Stepwell", [])
+    if scenario.startswith("two steps,"):
+        systems |= taken.get(FLOOR, {})
     lines = []
-    for name, rounds in systems.items():
+    for name, theirs in systems.items():
         pairs = [
-            a["runs_per_second"] / b["runs_per_second"]
-            for a, b in zip(base, rounds, strict=False)
-            if not isinstance(b, str)
+            mine["runs_per_second"] / other["runs_per_second"]
+            for mine, other in zip(ours, theirs, strict=False)
+            if not isinstance(mine, str) and not isinstance(other, str) and "runs_per_second" in mine
         ]
-        if name != "Stepwell" and pairs:
+        if pairs:
             lines.append(f"| {scenario} | {name} | {cell(pairs)} |")
     return lines
 
