@@ -101,7 +101,7 @@ def test_random_programs_come_out_alike_whatever_is_killed(fleet: Fleet) -> None
         "and once where somebody looks what came of it"
     )
     assert _wrongly_undone(fleet) == []
-    assert _keys_are_stable(fleet)
+    assert _unstable_keys(fleet) == {}
 
     # Whatever was cancelled or late comes to what it would have come to, once it is retried.
     disturbed = {
@@ -351,9 +351,26 @@ def _repeated(fleet: Fleet, tag: str) -> list[tuple[int, int]]:
     return [(_program(said[0]), int(said[1])) for said in where]
 
 
-def _keys_are_stable(fleet: Fleet) -> bool:
-    """Tell whether each effect had one idempotency key, however often it was tried."""
-    return len(set(_ledger(fleet))) == len({effect for effect, _ in _ledger(fleet)})
+def _unstable_keys(fleet: Fleet) -> dict[str, set[str]]:
+    """Return effects that had more than one idempotency key, however often they were tried, and those keys.
+
+    What is done anew has other keys, and shall have: in a run that was rewound, since a retry of its parent had it
+    begun again, in runs that it has made since, and in those that were made in place of others.
+    """
+    rows = fleet.db.execute(
+        """with recursive anew (id) as (
+               select run_id from stepwell.outbox where kind = 'epoch' and outcome = 'rewind'
+               union select parent_id from stepwell.runs where parent_id is not null and parent_path is null
+               union select c.id from stepwell.runs c join anew on c.parent_id = anew.id)
+           select id::text from anew"""
+    ).fetchall()
+    anew = {run for (run,) in rows}
+    keys = defaultdict[str, set[str]](set)
+    for effect, key in _ledger(fleet):
+        run, _path, *key_epoch = key.split(":")
+        # Within one run and one of its key epochs there is but one call that has this effect.
+        keys[" ".join([effect, "of", run, *key_epoch]) if run in anew else effect].add(key)
+    return {effect: several for effect, several in keys.items() if len(several) > 1}
 
 
 def _unrecorded(fleet: Fleet) -> list[Any]:
