@@ -162,6 +162,7 @@ create table stepwell.tasks (
     constraint tasks_kind_known    check (kind in ('run', 'step', 'timer', 'window', 'wake', 'deliver')),
     constraint tasks_state_known   check (state in ('ready', 'claimed', 'waiting', 'shelved', 'suspect', 'paused')),
     constraint tasks_claim_owned   check ((state = 'claimed') = (claimed_by is not null)),
+    constraint tasks_priority_range check (priority between 0 and 9),    -- claims look at no others
     constraint tasks_pending_count check (pending >= 0)
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,
         autovacuum_analyze_scale_factor = 0.1, autovacuum_vacuum_cost_delay = 0);

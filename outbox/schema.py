@@ -1,13 +1,17 @@
 """Install the schema, bring it up to date, and check that it fits.
 
 `migrate` is for one connection with the right to create: any number may call it at once, one at a time
-works. `check` is for everybody else, needs no rights, and names the command to run.
+works, and workers work on. `check` is for everybody else, needs no rights, and names the command to run.
+
+A migration that is cut short, by whatever, leaves nothing that the next one does not put right: see
+`outbox.migrations`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -15,21 +19,25 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-from psycopg.errors import InsufficientPrivilege, LockNotAvailable
+from psycopg.errors import DeadlockDetected, InsufficientPrivilege, LockNotAvailable
 from psycopg.rows import TupleRow, tuple_row
 
 from outbox import migrations
 from outbox.errors import SchemaError
-from outbox.migrations import Migration
+from outbox.migrations import Migration, Script
 from outbox.queries import load
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 4
 OLDEST_SERVER = 15  # what the tests cover
 MIGRATE_LOCK_KEY = 0x5745_4C4C_5354_4550  # "WELLSTEP"
-LOCK_TIMEOUT = "60s"
-CLAIMANT_FUNCTIONS = ("register_v1", "claim_v1", "flush_v1", "promote_v1", "bury_v1", "reclaim_v1")
+PATIENCE_SECONDS = 60.0
+LOOK_SECONDS = 0.1
+CLAIMANT_FUNCTIONS = (
+    "register_v1", "claim_v1", "idle_v1", "flush_v1", "commit_step_v1", "promote_v1", "shelve_v1", "unshelve_v1",
+    "bury_v1", "reclaim_v1",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,34 +62,39 @@ def schema_sql() -> str:
 # -- migrate -----------------------------------------------------------------------------------------
 
 
-def migrate(connection: psycopg.Connection[Any]) -> list[str]:
-    """Bring the database up to date and return what was applied, "1 schema"; nothing when it is.
+def migrate(connection: psycopg.Connection[Any], tell: Callable[[str], object] | None = None) -> list[str]:
+    """Bring the database up to date and return what was applied, "4 schema"; nothing when it is.
 
-    The connection must be in autocommit mode: each step is a transaction of its own. A newer schema is
-    left as it is. Raises SchemaError when the role may not, or when another migrate takes over a minute.
+    The connection must be in autocommit mode: each migration commits by itself. `tell` is called with a sentence when
+    one begins, or waits. A newer schema is left as it is. Raises SchemaError when the role may not, when another
+    migrate takes over a minute, or when for a minute there is no moment without a transaction that is in the way; what
+    was applied until then stays applied.
     """
-    with _serialised(connection):
-        steps = _steps_from(_inspect(connection))
-        for step, versions in steps:
-            _apply(connection, step, versions)
-        return [_label(step) for step, _ in steps]
+    with _serialised(connection, tell or logger.info):
+        scripts = _scripts_from(_inspect(connection))
+        for script in scripts:
+            _apply(connection, script, tell or logger.info)
+        return [script.title for script in scripts]
 
 
 def pending(connection: psycopg.Connection[Any]) -> list[str]:
     """Return what `migrate` would apply, in its words."""
-    return [_label(step) for step, _ in _steps_from(_inspect(connection))]
+    return [script.title for script in _scripts_from(_inspect(connection))]
 
 
 def print_plan(connection: psycopg.Connection[Any]) -> str:
-    """Return the SQL that `migrate` would run, as one script; empty when there is nothing to do."""
-    return "\n".join(_script(step, versions) for step, versions in _steps_from(_inspect(connection)))
+    """Return what `migrate` would run, as one script for psql; empty when there is nothing to do."""
+    return migrations.printed(_scripts_from(_inspect(connection)), MIGRATE_LOCK_KEY)
 
 
-def _steps_from(found: Installed) -> list[tuple[Migration, list[Migration]]]:
-    """Return each step to run with the versions that it leaves recorded."""
+def installed_version(connection: psycopg.Connection[Any]) -> int | None:
+    """Return the version of the schema; None when nothing is installed or this role may not look."""
+    return _inspect(connection).version
+
+
+def _scripts_from(found: Installed) -> list[Script]:
     if not found.has_schema:
-        whole = Migration(SCHEMA_VERSION, "schema", schema_sql())
-        return [(whole, _all_versions())]
+        return [migrations.installing(schema_sql(), _all_versions(), PATIENCE_SECONDS)]
     if not found.has_migrations:
         raise SchemaError(
             "this database has a schema named stepwell that is not Stepwell's (it has no table "
@@ -92,93 +105,98 @@ def _steps_from(found: Installed) -> list[tuple[Migration, list[Migration]]]:
             "this role may not read stepwell.migrations: run `stepwell migrate` as the schema's owner"
         )
     version = found.version or 0
-    return [(step, [step]) for step in migrations.numbered() if version < step.version <= SCHEMA_VERSION]
+    return [
+        migrations.applying(each, PATIENCE_SECONDS)
+        for each in migrations.numbered()
+        if version < each.version <= SCHEMA_VERSION
+    ]
 
 
 def _all_versions() -> list[Migration]:
-    numbered = {step.version: step for step in migrations.numbered()}
-    return [numbered.get(at, Migration(at, "schema", "")) for at in range(1, SCHEMA_VERSION + 1)]
+    return [each for each in migrations.numbered() if each.version <= SCHEMA_VERSION]
 
 
-def _apply(connection: psycopg.Connection[Any], step: Migration, versions: Sequence[Migration]) -> None:
+def _apply(connection: psycopg.Connection[Any], script: Script, tell: Callable[[str], object]) -> None:
+    tell(f"applying migration {script.title}")
     try:
-        with connection.transaction():
-            connection.execute(step.sql.encode())
-            for version in versions:
-                connection.execute(
-                    load("record_migration"), {"version": version.version, "name": version.name}
-                )
-            if _is_whole(versions):
-                connection.execute(load("prime_statistics"))
+        for statement in script.statements:
+            connection.execute(statement.encode())
     except InsufficientPrivilege as error:
         raise SchemaError(
             f"the role {connection.info.user!r} may not install Stepwell in the database "
-            f"{connection.info.dbname!r} ({error.diag.message_primary}): run `stepwell migrate` as the owner "
-            "of the database, or grant the role CREATE on it"
+            f"{connection.info.dbname!r}, or change it there ({error.diag.message_primary}): run `stepwell migrate` "
+            "as the owner of the schema, to install it as the owner of the database, or grant the role CREATE on it"
         ) from error
-    logger.info("applied migration %s", _label(step))
-
-
-def _script(step: Migration, versions: Sequence[Migration]) -> str:
-    row = "insert into stepwell.migrations (version, name) values ({}, '{}');"
-    recorded = [row.format(one.version, one.name) for one in versions]
-    primed = [load("prime_statistics") + ";"] if _is_whole(versions) else []
-    return "\n".join([f"-- {_label(step)}", "begin;", step.sql, *recorded, *primed, "commit;", ""])
-
-
-def _is_whole(versions: Sequence[Migration]) -> bool:
-    return versions[0].version == 1
-
-
-def _label(step: Migration) -> str:
-    return f"{step.version} {step.name}"
+    except (LockNotAvailable, DeadlockDetected) as error:
+        said = (error.diag.message_primary or "").removeprefix("stepwell: ")
+        raise SchemaError(
+            f"{said}; run `stepwell migrate` again when that has ended, or end it with "
+            "`select pg_terminate_backend(PROCESS)`: it goes on where it was"
+        ) from None
+    finally:
+        if not connection.closed:
+            connection.rollback()  # of what has failed between begin and commit
 
 
 @contextmanager
-def _serialised(connection: psycopg.Connection[Any]) -> Iterator[None]:
-    """Hold the advisory lock of migrations; and have what the scripts warn of logged."""
+def _serialised(connection: psycopg.Connection[Any], tell: Callable[[str], object]) -> Iterator[None]:
+    """Hold the advisory lock of migrations; and pass on what the scripts say."""
     _require_server(connection)
-    connection.add_notice_handler(_log_notice)
-    connection.execute(f"set lock_timeout = '{LOCK_TIMEOUT}'")
+
+    def heard(notice: psycopg.errors.Diagnostic) -> None:
+        _pass_on(notice, tell)
+
+    connection.add_notice_handler(heard)
     try:
         _take_turn(connection)
         try:
+            for setting in migrations.SESSION:
+                connection.execute(setting.encode())
             yield
         finally:
             if not connection.broken:  # otherwise the lock went with the session
                 connection.execute("select pg_advisory_unlock(%s)", [MIGRATE_LOCK_KEY])
-    except LockNotAvailable:
-        raise SchemaError(
-            "a transaction that uses the schema was in the way for a minute: try again when it has ended"
-        ) from None
     finally:
-        connection.remove_notice_handler(_log_notice)
+        connection.remove_notice_handler(heard)
         if not connection.broken:
             connection.execute("reset lock_timeout")
+            connection.execute("reset statement_timeout")
 
 
 def _take_turn(connection: psycopg.Connection[Any]) -> None:
-    """Wait for the lock of migrations, but not for ever: whoever may connect can hold it."""
-    try:
-        connection.execute("select pg_advisory_lock(%s)", [MIGRATE_LOCK_KEY])
-    except LockNotAvailable:
-        holder = connection.execute(load("migrate_holder"), {"key": MIGRATE_LOCK_KEY}).fetchone()
-        who = "somebody who has gone meanwhile"
-        if holder is not None:
-            pid, role, name = holder
-            who = (
-                f"a session of role {role!r} (process {pid}, application {name!r}); if that is no migrate, "
-                f"end it with `select pg_terminate_backend({pid})`"
-            )
-        raise SchemaError(
-            f"another `stepwell migrate` was in the way for a minute, or what has taken its lock: {who}. "
-            "Try again then; nothing was changed"
-        ) from None
+    """Get the lock of migrations, asking for it again and again, but not for ever: whoever may connect can hold it.
+
+    Whoever waits for it in the database does so in a transaction, and an index that is built concurrently waits for
+    all transactions: he and its builder would wait for each other.
+    """
+    give_up = time.monotonic() + PATIENCE_SECONDS
+    while connection.execute("select pg_try_advisory_lock(%s)", [MIGRATE_LOCK_KEY]).fetchone() != (True,):
+        if time.monotonic() >= give_up:
+            raise SchemaError(_who_migrates(connection))
+        time.sleep(LOOK_SECONDS)
 
 
-def _log_notice(notice: psycopg.errors.Diagnostic) -> None:
+def _who_migrates(connection: psycopg.Connection[Any]) -> str:
+    holder = connection.execute(load("migrate_holder"), {"key": MIGRATE_LOCK_KEY}).fetchone()
+    who = "somebody who has gone meanwhile"
+    if holder is not None:
+        pid, role, name = holder
+        who = (
+            f"a session of role {role!r} (process {pid}, application {name!r}); if that is no migrate, "
+            f"end it with `select pg_terminate_backend({pid})`"
+        )
+    return (
+        f"another `stepwell migrate` was in the way for a minute, or what has taken its lock: {who}. "
+        "Try again then; nothing was changed"
+    )
+
+
+def _pass_on(notice: psycopg.errors.Diagnostic, tell: Callable[[str], object]) -> None:
+    said = notice.message_primary or ""
     if notice.severity_nonlocalized == "WARNING":
-        logger.warning("the database says: %s", notice.message_primary)
+        logger.warning("the database says: %s", said)
+    elif said.startswith("stepwell: "):
+        tell(said.removeprefix("stepwell: "))
 
 
 def _require_server(connection: psycopg.Connection[Any]) -> None:

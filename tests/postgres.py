@@ -37,6 +37,7 @@ SETTINGS = {
     "cluster_name": "stepwell-tests",
     "log_lock_waits": "on",
     "track_commit_timestamp": "on",  # tests/crash/checker.py compares these times with those of steps
+    "max_prepared_transactions": "4",
 }
 
 
@@ -101,6 +102,16 @@ class Cluster:
         """Run one administrative statement outside a transaction."""
         with connect(self.url(), application_name="tests") as connection:
             connection.execute(statement.encode())
+
+    def psql(self, url: str, script: str) -> None:
+        """Have this version's psql run a script, as somebody would who has it in a file.
+
+        Raise CalledProcessError, with what it said on stderr, when it ends with an error.
+        """
+        subprocess.run(
+            [binaries(self.version) / "psql", "--no-psqlrc", "--quiet", url],
+            input=script, text=True, capture_output=True, check=True, timeout=120,
+        )  # fmt: skip
 
     @contextmanager
     def database(self, template: str | None = TEMPLATE) -> Iterator[str]:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psycopg
 import pytest
 from psycopg.rows import TupleRow
 
-from outbox import migrations, schema
+from outbox import schema
 from outbox.database import connect, connect_async
 from outbox.errors import SchemaError
-from outbox.migrations import Migration
 from tests.postgres import Cluster
+from tests.upgrade.catalog import catalog, differences
+from tests.upgrade.versions import migration, release_next
 from tests.waiting import wait_until
 
 Connection = psycopg.Connection[TupleRow]
+
+WHOLE = f"{schema.SCHEMA_VERSION} schema"
+ALL_VERSIONS = list(range(1, schema.SCHEMA_VERSION + 1))
+COLOUR = migration("add_colour", "alter table stepwell.workers add column colour text;", locks="workers")
 
 
 @pytest.fixture
@@ -50,9 +56,9 @@ def versions(connection: Connection) -> list[int]:
 
 
 def test_migrate_installs_an_empty_database_once(empty: Connection) -> None:
-    assert schema.migrate(empty) == ["1 schema"]
+    assert schema.migrate(empty) == [WHOLE]
     assert schema.migrate(empty) == []
-    assert versions(empty) == [1]
+    assert versions(empty) == ALL_VERSIONS
 
 
 def test_two_migrates_at_once_install_once(empty_database_url: str) -> None:
@@ -67,7 +73,7 @@ def test_two_migrates_at_once_install_once(empty_database_url: str) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert applied == ["1 schema"]
+    assert applied == [WHOLE]
 
 
 def test_migrate_waits_for_the_one_that_is_at_work(empty_database_url: str) -> None:
@@ -81,21 +87,21 @@ def test_migrate_waits_for_the_one_that_is_at_work(empty_database_url: str) -> N
         first.execute("select pg_advisory_lock(%s)", [schema.MIGRATE_LOCK_KEY])
         second = threading.Thread(target=install)
         second.start()
-        waits = (
+        asks = (
             "select count(*) = 1 from pg_stat_activity where application_name = 'second migrate' "
-            "and wait_event_type = 'Lock' and wait_event = 'advisory'"
+            "and query like '%pg_try_advisory_lock%'"
         )
-        wait_until(lambda: first.execute(waits).fetchone() == (True,))
+        wait_until(lambda: first.execute(asks).fetchone() == (True,))
         assert applied == []
         first.execute("select pg_advisory_unlock(%s)", [schema.MIGRATE_LOCK_KEY])
         second.join()
-    assert applied == ["1 schema"]
+    assert applied == [WHOLE]
 
 
 def test_migrate_gives_up_on_one_that_does_not_end(
     empty_database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(schema, "LOCK_TIMEOUT", "50ms")
+    monkeypatch.setattr(schema, "PATIENCE_SECONDS", 0.05)
     with (
         connect(empty_database_url, application_name="test") as first,
         connect(empty_database_url, application_name="test") as second,
@@ -122,14 +128,17 @@ def test_a_migration_that_fails_leaves_nothing_behind(
         schema.migrate(empty)
     assert empty.execute("select to_regnamespace('stepwell')").fetchone() == (None,)
     monkeypatch.undo()
-    assert schema.migrate(empty) == ["1 schema"]
+    assert schema.migrate(empty) == [WHOLE]
 
 
 def test_an_older_database_gets_only_what_is_new(db: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
-    release_2(monkeypatch)
-    assert schema.pending(db) == ["2 add_colour"]
-    assert schema.migrate(db) == ["2 add_colour"]
-    assert versions(db) == [1, 2]
+    release_next(monkeypatch, [COLOUR])
+    title = f"{schema.SCHEMA_VERSION} add_colour"
+    assert schema.pending(db) == [title]
+    said: list[str] = []
+    assert schema.migrate(db, tell=said.append) == [title]
+    assert said == [f"applying migration {title}"]
+    assert versions(db) == [*ALL_VERSIONS, schema.SCHEMA_VERSION]
     assert db.execute("select colour from stepwell.workers").fetchall() == []
     assert schema.pending(db) == []
 
@@ -137,14 +146,15 @@ def test_an_older_database_gets_only_what_is_new(db: Connection, monkeypatch: py
 def test_an_empty_database_records_every_version_at_once(
     empty: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    release_2(monkeypatch)
-    assert schema.migrate(empty) == ["2 schema"]
-    assert versions(empty) == [1, 2]
+    release_next(monkeypatch, [COLOUR])
+    assert schema.migrate(empty) == [f"{schema.SCHEMA_VERSION} schema"]
+    assert versions(empty) == [*ALL_VERSIONS, schema.SCHEMA_VERSION]
 
 
 def test_a_newer_database_is_left_as_it_is(db: Connection) -> None:
-    db.execute("insert into stepwell.migrations (version, name) values (7, 'of a later release')")
+    db.execute("insert into stepwell.migrations (version, name) values (77, 'of a later release')")
     assert schema.migrate(db) == []
+    assert schema.installed_version(db) == 77
 
 
 def test_a_schema_of_somebody_else_is_not_touched(empty: Connection) -> None:
@@ -182,13 +192,25 @@ def test_installing_leaves_statistics_of_a_busy_system_and_no_rows(db: Connectio
 # -- the plan ----------------------------------------------------------------------------------------
 
 
-def test_the_printed_plan_does_what_migrate_does(cluster: Cluster, empty: Connection) -> None:
-    assert schema.pending(empty) == ["1 schema"]
-    empty.execute(schema.print_plan(empty).encode())
+def test_the_printed_plan_does_what_migrate_does(
+    cluster: Cluster, empty: Connection, empty_database_url: str, db: Connection
+) -> None:
+    assert schema.pending(empty) == [WHOLE]
+    cluster.psql(empty_database_url, schema.print_plan(empty))
     assert schema.pending(empty) == []
     assert schema.print_plan(empty) == ""
-    with cluster.database() as url, connect(url, application_name="test") as installed:
-        assert catalog(empty) == catalog(installed)
+    assert differences(catalog(empty), catalog(db)) == []
+
+
+def test_the_printed_plan_does_not_run_beside_a_migrate(
+    cluster: Cluster, empty: Connection, empty_database_url: str, db: Connection
+) -> None:
+    plan = schema.print_plan(empty)
+    empty.execute("select pg_advisory_lock(%s)", [schema.MIGRATE_LOCK_KEY])
+    with pytest.raises(subprocess.CalledProcessError) as raised:
+        cluster.psql(empty_database_url, plan)
+    assert "another `stepwell migrate` is at work" in raised.value.stderr
+    assert schema.pending(empty) == [WHOLE]
 
 
 # -- check -------------------------------------------------------------------------------------------
@@ -217,8 +239,10 @@ async def test_check_names_the_command_where_nothing_is_installed(
 async def test_check_names_both_versions_where_an_older_one_is(
     db: Connection, adb: psycopg.AsyncConnection[TupleRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(schema, "SCHEMA_VERSION", 2)
-    message = r"version 1 of the Stepwell schema, this release needs 2: run `stepwell migrate`"
+    monkeypatch.setattr(schema, "SCHEMA_VERSION", 77)
+    message = (
+        rf"version {len(ALL_VERSIONS)} of the Stepwell schema, this release needs 77: run `stepwell migrate`"
+    )
     with pytest.raises(SchemaError, match=message):
         schema.check(db)
     with pytest.raises(SchemaError, match=message):
@@ -228,12 +252,12 @@ async def test_check_names_both_versions_where_an_older_one_is(
 async def test_a_newer_schema_serves_as_long_as_it_has_the_functions(
     db: Connection, adb: psycopg.AsyncConnection[TupleRow]
 ) -> None:
-    db.execute("insert into stepwell.migrations (version, name) values (7, 'of a later release')")
+    db.execute("insert into stepwell.migrations (version, name) values (77, 'of a later release')")
     schema.check(db, schema.CLAIMANT_FUNCTIONS)
     await schema.check_async(adb, schema.CLAIMANT_FUNCTIONS)
     db.execute("alter function stepwell.claim_v1 rename to claim_v2")
     schema.check(db)
-    with pytest.raises(SchemaError, match=r"version 7 .* no claim_v1 any more"):
+    with pytest.raises(SchemaError, match=r"version 77 .* no claim_v1 any more"):
         schema.check(db, schema.CLAIMANT_FUNCTIONS)
 
 
@@ -249,76 +273,3 @@ def test_a_worker_may_read_the_version_but_not_change_it(cluster: Cluster, datab
         schema.check(connection, schema.CLAIMANT_FUNCTIONS)
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             connection.execute("delete from stepwell.migrations")
-
-
-# -- schema.sql equals the migrations -----------------------------------------------------------------
-
-
-def test_the_whole_schema_equals_the_sum_of_its_migrations(cluster: Cluster) -> None:
-    numbered = migrations.numbered()
-    steps = [step.sql for step in numbered] or [schema.schema_sql()]
-    assert [step.version for step in numbered] in ([], list(range(1, schema.SCHEMA_VERSION + 1)))
-    with cluster.database(template=None) as url, connect(url, application_name="test") as stepwise:
-        for step in steps:
-            stepwise.execute(step.encode())
-        with cluster.database() as whole_url, connect(whole_url, application_name="test") as whole:
-            assert catalog(stepwise) == catalog(whole)
-
-
-def test_the_comparison_sees_a_difference(cluster: Cluster, db: Connection) -> None:
-    changes: list[Callable[[], object]] = [
-        lambda: db.execute("alter table stepwell.workers add column colour text"),
-        lambda: db.execute("drop index stepwell.tasks_due"),
-        lambda: db.execute("alter function stepwell.ring(text) set work_mem = '5MB'"),
-        lambda: db.execute("grant select on stepwell.runs to stepwell_producer"),
-        lambda: db.execute("alter table stepwell.tasks set (fillfactor = 71)"),
-    ]
-    before = catalog(db)
-    for change in changes:
-        change()
-        after = catalog(db)
-        assert after != before
-        before = after
-
-
-def catalog(connection: Connection) -> dict[str, list[TupleRow]]:
-    """Return what the schema consists of, in words that do not depend on object ids or order of creation."""
-    return {what: connection.execute(query.encode()).fetchall() for what, query in CATALOG.items()}
-
-
-_HERE = "= 'stepwell'::regnamespace"
-CATALOG = {
-    "relations": f"""select relname, relkind, relpersistence, reloptions::text, relacl::text
-                     from pg_class where relnamespace {_HERE} order by 1""",
-    "columns": f"""select c.relname, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull,
-                          a.attidentity, a.attstorage, pg_get_expr(d.adbin, d.adrelid)
-                   from pg_class c
-                   join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
-                   left join pg_attrdef d on d.adrelid = c.oid and d.adnum = a.attnum
-                   where c.relnamespace {_HERE} order by 1, 2""",
-    "constraints": f"""select conrelid::regclass::text, conname, pg_get_constraintdef(oid)
-                       from pg_constraint where connamespace {_HERE} order by 1, 2""",
-    "indexes": "select indexname, indexdef from pg_indexes where schemaname = 'stepwell' order by 1",
-    "functions": f"""select oid::regprocedure::text, pg_get_functiondef(oid), proacl::text
-                     from pg_proc where pronamespace {_HERE} and prokind in ('f', 'p') order by 1""",
-    "views": f"""select relname, pg_get_viewdef(oid) from pg_class
-                 where relnamespace {_HERE} and relkind = 'v' order by 1""",
-    "triggers": f"""select t.tgrelid::regclass::text, t.tgname, pg_get_triggerdef(t.oid)
-                    from pg_trigger t join pg_class c on c.oid = t.tgrelid
-                    where c.relnamespace {_HERE} and not t.tgisinternal order by 1, 2""",
-    "types": f"""select typname, typtype from pg_type
-                 where typnamespace {_HERE} and typtype <> 'b' order by 1""",
-    "privileges": f"select nspacl::text from pg_namespace where oid {_HERE}",
-    "comments": f"""select c.relname, d.objsubid, d.description from pg_description d
-                    join pg_class c on c.oid = d.objoid and d.classoid = 'pg_class'::regclass
-                    where c.relnamespace {_HERE} order by 1, 2""",
-}
-
-
-def release_2(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretend to be the next release: one more column on workers."""
-    change = "alter table stepwell.workers add column colour text;"
-    first, second = Migration(1, "schema", schema.schema_sql()), Migration(2, "add_colour", change)
-    monkeypatch.setattr(schema, "SCHEMA_VERSION", 2)
-    monkeypatch.setattr(schema, "schema_sql", lambda: first.sql + change)
-    monkeypatch.setattr(migrations, "numbered", lambda: [first, second])

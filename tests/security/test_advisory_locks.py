@@ -186,7 +186,7 @@ def test_an_exporter_that_another_one_keeps_out_says_nothing(
 def test_a_migrate_that_a_stranger_keeps_out_says_whose_session_that_is(
     database_url: str, db: Db, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(schema, "LOCK_TIMEOUT", "50ms")
+    monkeypatch.setattr(schema, "PATIENCE_SECONDS", 0.05)
     with member_of(None, database_url, db) as stranger:
         stranger.db.execute("select pg_advisory_lock(%s)", [schema.MIGRATE_LOCK_KEY])
         with pytest.raises(SchemaError) as raised:

@@ -69,7 +69,8 @@ def database(settings: Settings, *, migrated: bool = True) -> Iterator[str]:
 def _announce(server: EmbeddedPostgres, applied: list[str]) -> None:
     done = ["started for this command"] if server.started_here else ["already running"]
     if applied:
-        done.append("schema installed")
+        whole = applied == [f"{schema.SCHEMA_VERSION} schema"]
+        done.append("schema installed" if whole else "schema brought up to date")
     click.echo(
         f"stepwell: no database URL, so the embedded Postgres in {server.data_dir} ({', '.join(done)}): {server.url}",
         err=True,

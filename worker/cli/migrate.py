@@ -17,13 +17,16 @@ from worker.cli.rendering import print_json
 
 @click.command()
 @click.option("--check", is_flag=True, help="Change nothing; exit with status 1 if there is something to do.")
-@click.option("--print", "print_sql", is_flag=True, help="Change nothing; print the SQL that would be run.")
+@click.option(
+    "--print", "print_sql", is_flag=True, help="Change nothing; print the SQL that would be run, for psql."
+)
 @json_option
 @database_option
 def migrate(settings: Settings, check: bool, print_sql: bool, as_json: bool) -> None:
     """Install Stepwell's schema, or bring it up to date.
 
-    Running it again does nothing, and any number may run at once. The role needs the right to create a schema.
+    Workers may be at work meanwhile, those of the release before as well. Running it again does nothing, or goes on
+    where it was cut short; any number may run at once. The role needs the right to create a schema, or owns it.
     """
     if check and print_sql:
         raise click.UsageError("give --check or --print, not both")
@@ -35,7 +38,8 @@ def migrate(settings: Settings, check: bool, print_sql: bool, as_json: bool) -> 
             click.echo(schema.print_plan(connection), nl=False)
             return
         pending = schema.pending(connection) if check else []
-        applied = [] if check else schema.migrate(connection)
+        applied = [] if check else schema.migrate(connection, tell=_say)
+        version = schema.installed_version(connection)
     if as_json:
         print_json({"applied": applied, "pending": pending})
     elif pending:
@@ -43,6 +47,10 @@ def migrate(settings: Settings, check: bool, print_sql: bool, as_json: bool) -> 
     elif applied:
         click.echo(f"applied {', '.join(applied)}")
     else:
-        click.echo(f"up to date (version {schema.SCHEMA_VERSION})")
+        click.echo(f"up to date (version {version})")
     if pending:
         sys.exit(FAILED)
+
+
+def _say(sentence: str) -> None:
+    click.echo(f"stepwell: {sentence}", err=True)
