@@ -14,7 +14,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .PHONY: help setup demo test versions slow nightly crash mutations chaos bench bench-smoke bench-peers audit deploy-check \
-	lock lint types layers format
+	lock lint types layers format migration
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,8 +38,8 @@ versions: setup ## Run the tests that need a database on the other versions of P
 	export STEPWELL_PROGRAMS=$${STEPWELL_PROGRAMS:-50}; \
 	for version in $$($(BIN)/python -m tests.postgres); do \
 		echo "on Postgres $$version"; \
-		$(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow' --postgres $$version tests/integration tests/crash $(ARGS); \
-		$(BIN)/pytest -n $(JOBS) --dist load -m 'slow and crash' --postgres $$version tests/crash $(ARGS); \
+		$(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow' --postgres $$version tests/integration tests/crash tests/upgrade $(ARGS); \
+		$(BIN)/pytest -n $(JOBS) --dist load -m 'slow and crash' --postgres $$version tests/crash tests/upgrade $(ARGS); \
 	done
 
 slow: setup ## Run the slow tests: the demo in every way it can go, and the crash matrix
@@ -113,6 +113,9 @@ types: setup ## Check the types of the code; tests/typing checks the public API 
 
 layers: setup ## Check which module may import which
 	$(BIN)/lint-imports --no-logo
+
+migration: setup ## Draft the migration that a changed schema.sql needs; NAME=trace
+	@$(BIN)/python -m tests.upgrade.draft $(or $(NAME),name)
 
 format: setup ## Format the code and mend what can be mended mechanically
 	$(BIN)/ruff format .
