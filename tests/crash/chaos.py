@@ -88,6 +88,8 @@ class Load(threading.Thread):
     def stop(self) -> None:
         self._done.set()
         self.join(30)
+        if self._db is not None:
+            self._db.close()
         if self.failure is not None:
             raise self.failure
 
