@@ -12,6 +12,7 @@ SCHEMA = "schema.sql"
 LIVENESS = "worker/supervision/liveness.py"
 COMMITTER = "worker/engine/committer.py"
 CLAIMED = "worker/engine/claimed.py"
+PATIENTLY = "outbox/queries/patiently.sql"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ def mutant(guard: str, off: str, file: str, replaced: str, by: str, *tests: str)
 
 def integration(file: str, *names: str) -> tuple[str, ...]:
     return tuple(f"tests/integration/test_{file}.py::test_{name}" for name in names)
+
+
+def migrating(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/upgrade/test_migrating.py::test_{name}" for name in names)
 
 
 def unit(file: str, *names: str) -> tuple[str, ...]:
@@ -633,6 +638,24 @@ SESSIONS = [
     ),
 ]  # fmt: skip
 
+MIGRATING = [
+    mutant(
+        "nobody waits behind a migration", "it waits until it gets its lock", PATIENTLY,
+        "perform set_config('lock_timeout', 50 / greatest(cardinality(tables), 1) || 'ms', true);", "",
+        *migrating("nobody_waits_for_a_migration_that_waits_for_an_open_transaction"),
+    ),
+    mutant(
+        "a vacuum gives way to a migration", "it is waited for as anybody else", PATIENTLY,
+        "execute format('lock table stepwell.%I in share update exclusive mode', one);", "null;",
+        *migrating("an_autovacuum_gives_way_to_a_migration"),
+    ),
+    mutant(
+        "whoever waits to migrate holds nothing", "it waits in the database", "outbox/schema.py",
+        '"select pg_try_advisory_lock(%s)"', '"select pg_advisory_lock(%s) is not null"',
+        *migrating("an_index_is_built_while_others_wait_for_their_turn_to_migrate"),
+    ),
+]  # fmt: skip
+
 MUTANTS = [
     *FENCE,
     *LOCKS,
@@ -645,4 +668,5 @@ MUTANTS = [
     *MODELS,
     *READING,
     *SESSIONS,
+    *MIGRATING,
 ]
