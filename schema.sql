@@ -258,6 +258,7 @@ create table stepwell.workers (
     queues     text[] not null,
     names      text[] not null,
     beat       bigint not null default 0,
+    locking    boolean not null default true,     -- its supervisor has a session to hold its lock in; false: the lease alone counts
     started_at timestamptz not null default clock_timestamp(),
     dead_at    timestamptz
 ) with (fillfactor = 50);
@@ -291,6 +292,14 @@ create unlogged table stepwell.doorbell (
     until  timestamptz not null,
     primary key (worker, queue)
 ) with (fillfactor = 50);
+
+-- Who exports the database's metrics, and until when, among supervisors that reach the database through a connection pooler
+-- only: who has a session holds a lock in it instead. Losing the row in a crash costs one look.
+create unlogged table stepwell.exporter (
+    sole   boolean primary key default true check (sole),
+    holder bigint not null,
+    until  timestamptz not null
+);
 
 
 -- =====================================================================================================
@@ -1353,6 +1362,8 @@ declare
     ids     bigint[];
     of_runs uuid[];
 begin
+    -- By this lock the backend is found while this transaction is open, whatever its session is called: see backends.sql.
+    perform pg_try_advisory_xact_lock_shared(-me);
     perform 1 from workers w where w.id = me and w.dead_at is null for key share;
     if not found then
         raise exception 'stepwell: worker % is not registered or was declared dead', me using errcode = 'SW003';
@@ -1386,6 +1397,10 @@ begin
         -- Nothing to be lost: the lock of the worker's row need not reach the disk before the next claim.
         perform set_config('synchronous_commit', 'off', true);
         return;
+    end if;
+    -- What is claimed is begun: that has to be durable.
+    if current_setting('synchronous_commit') in ('off', 'local') then
+        perform set_config('synchronous_commit', 'on', true);
     end if;
     with taken as (
         update tasks t
@@ -1494,6 +1509,12 @@ declare
     waking   boolean;
     leaving  boolean;
 begin
+    perform pg_try_advisory_xact_lock_shared(-me);             -- as in claim_v1
+    -- What follows is begun once this is committed, so this has to be durable, whatever a step, the role, or somebody else
+    -- whom a pooler has lent this session has asked for (I7).
+    if current_setting('synchronous_commit') in ('off', 'local') then
+        perform set_config('synchronous_commit', 'on', true);
+    end if;
     select array_agg(x order by x.i), array_agg(x.task), array_agg(x.run_id) filter (where x.then = 'finish'),
            array_agg(x.parent) filter (where x.parent is not null),
            bool_or(x.then = 'wake'), bool_or(x.then = 'release')
@@ -2286,10 +2307,6 @@ declare
 begin
     if current_setting('stepwell.canary', true) is distinct from canary then
         raise exception 'stepwell: the step ended the transaction it was given' using errcode = 'SW002';
-    end if;
-    -- What follows is begun once this is committed, so this has to be durable, whatever the step has asked for (I7).
-    if current_setting('synchronous_commit') in ('off', 'local') then
-        perform set_config('synchronous_commit', 'on', true);
     end if;
     verdict := (stepwell.flush_v1(me, transitions, records, ends, extras))[1];
     if verdict % 4 = 3 then

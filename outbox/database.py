@@ -4,7 +4,8 @@ Every connection made here
   - gives up on a silent peer within about ten seconds (TCP keepalives, `tcp_user_timeout`), and has the
     server notice within a second that its client has gone in the middle of a statement;
   - runs in UTC and UTF-8;
-  - reads `json` as the very text that was stored. `jsonb` is decoded as usual.
+  - reads `json` as the very text that was stored. `jsonb` is decoded as usual;
+  - knows whether it goes through a connection pooler, and what to leave undone there (`outbox.sessions`).
 
 What a URL says wins over these defaults, except for the application name, by which reclaim finds the
 backends of a dead worker. No error raised here repeats a password.
@@ -26,10 +27,9 @@ import psycopg
 import tenacity
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import TupleRow
-from psycopg.types.string import TextBinaryLoader, TextLoader
 from psycopg_pool import PoolClosed
 
-from outbox import embedded
+from outbox import embedded, sessions
 from outbox.errors import ConfigError
 from outbox.queries import load
 from outbox.settings import Settings
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CONNECT_TIMEOUT_SECONDS = 5
-PREPARE_AFTER = 5  # psycopg's own default; None for a pooler that shuffles sessions between transactions
+PREPARE_AFTER = 5  # psycopg's own default
 FIRST_WAIT_SECONDS = 0.05
 LONGEST_WAIT_SECONDS = 2.0
 LINGER_SECONDS = 1.0
@@ -55,11 +55,20 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 # Beside class 08 (connection exceptions): shut down, crashed, starting up, no connection slot left.
-_DISCONNECT_STATES = frozenset({"57P01", "57P02", "57P03", "53300"})
+_TOO_MANY_CONNECTIONS = "53300"
+_DISCONNECT_STATES = frozenset({"57P01", "57P02", "57P03", _TOO_MANY_CONNECTIONS})
 # A refusal that waiting does not cure. libpq reports no SQLSTATE for a failed connect, only its text.
+# PgBouncer has words of its own, and repeats those of the server.
 _REFUSALS = re.compile(
-    r'FATAL:\s+(?:\w+ authentication failed|(?:role|database) ".*" does not exist|no pg_hba\.conf entry)'
+    r"FATAL:\s+(?:server login has been failing, cached error: )?"
+    r'(?:"?\w+"? authentication failed|(?:role|database) ".*" does not exist|no pg_hba\.conf entry'
+    r'|no such (?:user|database)|database ".*" is disabled|login rejected|unsupported (?:options )?startup parameter)'
     r"|no password supplied"
+)
+# No slot of max_connections, or none that is not reserved; the limit of a role or a database; the pooler's.
+_FULL = re.compile(
+    r"too many clients already|remaining connection slots are reserved|too many connections for (?:role|database)"
+    r"|no more connections allowed|client connections exceeded"
 )
 
 
@@ -80,6 +89,11 @@ def url_of(settings: Settings) -> str:
             f"{settings.data_dir}; set the variable, or start the embedded one with `stepwell worker APP`"
         )
     return running
+
+
+def direct_url(settings: Settings, url: str) -> str:
+    """Return where a session of one's own is to be had: the database itself, if `url` leads through a pooler."""
+    return settings.direct_database_url or url
 
 
 @contextmanager
@@ -175,25 +189,18 @@ class EmbeddedPostgres:
 
 
 def connect(
-    url: str,
-    *,
-    application_name: str,
-    autocommit: bool = True,
-    prepare_threshold: int | None = PREPARE_AFTER,
-    json_as_text: bool = True,
+    url: str, *, application_name: str, autocommit: bool = True, json_as_text: bool = True
 ) -> psycopg.Connection[TupleRow]:
     """Open a connection, in one attempt of at most five seconds per host.
 
-    `prepare_threshold` counts executions before a statement is prepared; None for never. Pass
-    `json_as_text=False` for a connection that user code gets. Raises psycopg.OperationalError when the
+    Pass `json_as_text=False` for a connection that user code gets. Raises psycopg.OperationalError when the
     database cannot be reached or refuses, ConfigError for a URL that cannot be read.
     """
     connection: psycopg.Connection[TupleRow] = psycopg.connect(
-        parameters(url, application_name), autocommit=True, prepare_threshold=prepare_threshold
+        parameters(url, application_name), autocommit=True, prepare_threshold=PREPARE_AFTER
     )
     try:
-        connection.execute(load("session_settings"))
-        adapt(connection, json_as_text)
+        sessions.settle(connection, application_name, json_as_text=json_as_text)
         connection.autocommit = autocommit
     except BaseException:
         connection.close()
@@ -202,20 +209,14 @@ def connect(
 
 
 async def connect_async(
-    url: str,
-    *,
-    application_name: str,
-    autocommit: bool = True,
-    prepare_threshold: int | None = PREPARE_AFTER,
-    json_as_text: bool = True,
+    url: str, *, application_name: str, autocommit: bool = True, json_as_text: bool = True
 ) -> psycopg.AsyncConnection[TupleRow]:
     """Open an asynchronous connection; see `connect`."""
     connection: psycopg.AsyncConnection[TupleRow] = await psycopg.AsyncConnection.connect(
-        parameters(url, application_name), autocommit=True, prepare_threshold=prepare_threshold
+        parameters(url, application_name), autocommit=True, prepare_threshold=PREPARE_AFTER
     )
     try:
-        await connection.execute(load("session_settings"))
-        adapt(connection, json_as_text)
+        await sessions.settle_async(connection, application_name, json_as_text=json_as_text)
         await connection.set_autocommit(autocommit)
     except BaseException:
         await connection.close()
@@ -256,13 +257,6 @@ def _is_misread(given: dict[str, Any]) -> bool:
     )
 
 
-def adapt(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any], json_as_text: bool) -> None:
-    """Have a connection read `json` as the text that was stored, if wanted."""
-    if json_as_text:
-        connection.adapters.register_loader("json", TextLoader)
-        connection.adapters.register_loader("json", TextBinaryLoader)
-
-
 # -- lost connections --------------------------------------------------------------------------------
 
 
@@ -282,6 +276,13 @@ def is_disconnect(error: BaseException) -> bool:
         ended = error.diag.severity_nonlocalized in ("FATAL", "PANIC")  # either ends the session
         return ended or error.sqlstate.startswith("08") or error.sqlstate in _DISCONNECT_STATES
     return isinstance(error, psycopg.OperationalError) and _REFUSALS.search(str(error)) is None
+
+
+def is_full(error: BaseException) -> bool:
+    """Tell whether the database, or a pooler before it, has no connection left to give."""
+    if not isinstance(error, psycopg.Error):
+        return False
+    return error.sqlstate == _TOO_MANY_CONNECTIONS or _FULL.search(str(error)) is not None
 
 
 def retry_connecting(

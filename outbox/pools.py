@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import select
 import time
-from typing import Any, LiteralString
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import psycopg
 from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from outbox.database import PREPARE_AFTER, adapt, parameters
-from outbox.queries import load
+from outbox import sessions
+from outbox.database import PREPARE_AFTER, parameters
 
 TEST_SECONDS = 5.0
 """After this long a connection is tested by a round trip again: a silent network closes nothing."""
@@ -28,7 +28,6 @@ def pool(
     application_name: str,
     max_size: int,
     autocommit: bool = True,
-    prepare_threshold: int | None = PREPARE_AFTER,
     json_as_text: bool = True,
     wait_seconds: float = 30.0,
     for_user_code: bool = False,
@@ -42,13 +41,14 @@ def pool(
     tests = _Tests()
 
     def configure(connection: psycopg.Connection[TupleRow]) -> None:
-        connection.execute(load("session_settings"))
-        adapt(connection, json_as_text)
+        sessions.settle(connection, application_name, json_as_text=json_as_text)
         connection.autocommit = autocommit
 
     def reset(connection: psycopg.Connection[TupleRow]) -> None:
+        if sessions.is_pooled(connection):
+            return  # its session has gone back already
         connection.autocommit = True
-        connection.execute(session_reset())
+        connection.execute(sessions.reset())
         connection.autocommit = autocommit
 
     def check(connection: psycopg.Connection[TupleRow]) -> None:
@@ -62,7 +62,7 @@ def pool(
 
     created = ConnectionPool(
         parameters(url, application_name),
-        kwargs={"autocommit": True, "prepare_threshold": prepare_threshold},
+        kwargs={"autocommit": True, "prepare_threshold": PREPARE_AFTER},
         configure=configure,
         check=check,
         reset=reset if for_user_code else None,
@@ -81,7 +81,6 @@ def async_pool(
     application_name: str,
     max_size: int,
     autocommit: bool = True,
-    prepare_threshold: int | None = PREPARE_AFTER,
     json_as_text: bool = True,
     wait_seconds: float = 30.0,
     for_user_code: bool = False,
@@ -90,13 +89,14 @@ def async_pool(
     tests = _Tests()
 
     async def configure(connection: psycopg.AsyncConnection[TupleRow]) -> None:
-        await connection.execute(load("session_settings"))
-        adapt(connection, json_as_text)
+        await sessions.settle_async(connection, application_name, json_as_text=json_as_text)
         await connection.set_autocommit(autocommit)
 
     async def reset(connection: psycopg.AsyncConnection[TupleRow]) -> None:
+        if sessions.is_pooled(connection):
+            return
         await connection.set_autocommit(True)
-        await connection.execute(session_reset())
+        await connection.execute(sessions.reset())
         await connection.set_autocommit(autocommit)
 
     async def check(connection: psycopg.AsyncConnection[TupleRow]) -> None:
@@ -110,7 +110,7 @@ def async_pool(
 
     created = AsyncConnectionPool(
         parameters(url, application_name),
-        kwargs={"autocommit": True, "prepare_threshold": prepare_threshold},
+        kwargs={"autocommit": True, "prepare_threshold": PREPARE_AFTER},
         configure=configure,
         check=check,
         reset=reset if for_user_code else None,
@@ -121,11 +121,6 @@ def async_pool(
         open=False,
     )
     return created  # pyright: ignore[reportReturnType]  # the class is the default one
-
-
-def session_reset() -> LiteralString:
-    """Return the statements, outside of a transaction, that make a session as `connect` has opened it."""
-    return f"{load('reset_session')};\n{load('session_settings')}"
 
 
 class _Tests:

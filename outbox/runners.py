@@ -25,7 +25,7 @@ from psycopg.errors import DeadlockDetected, SerializationFailure
 from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from outbox import database, pools, schema
+from outbox import database, pools, schema, sessions
 from outbox.errors import ConfigError
 from outbox.settings import Settings
 from outbox.statements import Statement
@@ -169,6 +169,7 @@ def _new_pool(settings: Settings) -> Pool:
     url = database.url_of(settings)
     with database.connect(url, application_name=APPLICATION_NAME) as connection:
         schema.check(connection)
+        sessions.require_durable(connection)
     pool = pools.pool(
         url, application_name=APPLICATION_NAME, max_size=settings.connections, wait_seconds=POOL_WAIT_SECONDS
     )
@@ -180,6 +181,7 @@ async def _new_async_pool(settings: Settings) -> AsyncPool:
     url = database.url_of(settings)
     async with await database.connect_async(url, application_name=APPLICATION_NAME) as connection:
         await schema.check_async(connection)
+        await sessions.require_durable_async(connection)
     pool = pools.async_pool(
         url, application_name=APPLICATION_NAME, max_size=settings.connections, wait_seconds=POOL_WAIT_SECONDS
     )

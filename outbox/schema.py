@@ -19,10 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-from psycopg.errors import DeadlockDetected, InsufficientPrivilege, LockNotAvailable
+from psycopg.errors import (
+    DeadlockDetected,
+    DuplicateSchema,
+    InsufficientPrivilege,
+    LockNotAvailable,
+    UniqueViolation,
+)
 from psycopg.rows import TupleRow, tuple_row
 
-from outbox import migrations
+from outbox import migrations, sessions
 from outbox.errors import SchemaError
 from outbox.migrations import Migration, Script
 from outbox.queries import load
@@ -70,11 +76,40 @@ def migrate(connection: psycopg.Connection[Any], tell: Callable[[str], object] |
     migrate takes over a minute, or when for a minute there is no moment without a transaction that is in the way; what
     was applied until then stays applied.
     """
-    with _serialised(connection, tell or logger.info):
-        scripts = _scripts_from(_inspect(connection))
-        for script in scripts:
-            _apply(connection, script, tell or logger.info)
-        return [script.title for script in scripts]
+    _require_server(connection)
+    tell = tell or logger.info
+    with _heard(connection, tell):
+        if sessions.is_pooled(connection):
+            return _migrate_lent(connection, tell)
+        with _serialised(connection):
+            scripts = _scripts_from(_inspect(connection))
+            for script in scripts:
+                _apply(connection, script, tell)
+            return [script.title for script in scripts]
+
+
+def _migrate_lent(connection: psycopg.Connection[Any], tell: Callable[[str], object]) -> list[str]:
+    """Migrate through a connection pooler, where no lock can be held from one step to the next.
+
+    Of two who take the same step the second one finds it recorded, and looks anew what there is to do.
+    """
+    applied: list[str] = []
+    while scripts := _scripts_from(found := _inspect(connection)):
+        script = scripts[0]
+        if not script.in_transaction:
+            raise SchemaError(
+                f"migration {script.title} needs a session of its own, and this connection leads through a connection "
+                "pooler: set STEPWELL_DIRECT_DATABASE_URL to the address of the database itself, and run "
+                "`stepwell migrate` again; it goes on where it was"
+            )
+        try:
+            _apply(connection, script, tell)
+        except (UniqueViolation, DuplicateSchema):
+            if _inspect(connection).version == found.version:
+                raise
+        else:
+            applied.append(script.title)
+    return applied
 
 
 def pending(connection: psycopg.Connection[Any]) -> list[str]:
@@ -139,14 +174,22 @@ def _apply(connection: psycopg.Connection[Any], script: Script, tell: Callable[[
 
 
 @contextmanager
-def _serialised(connection: psycopg.Connection[Any], tell: Callable[[str], object]) -> Iterator[None]:
-    """Hold the advisory lock of migrations; and pass on what the scripts say."""
-    _require_server(connection)
+def _heard(connection: psycopg.Connection[Any], tell: Callable[[str], object]) -> Iterator[None]:
+    """Pass on what the scripts say."""
 
     def heard(notice: psycopg.errors.Diagnostic) -> None:
         _pass_on(notice, tell)
 
     connection.add_notice_handler(heard)
+    try:
+        yield
+    finally:
+        connection.remove_notice_handler(heard)
+
+
+@contextmanager
+def _serialised(connection: psycopg.Connection[Any]) -> Iterator[None]:
+    """Hold the advisory lock of migrations."""
     try:
         _take_turn(connection)
         try:
@@ -157,7 +200,6 @@ def _serialised(connection: psycopg.Connection[Any], tell: Callable[[str], objec
             if not connection.broken:  # otherwise the lock went with the session
                 connection.execute("select pg_advisory_unlock(%s)", [MIGRATE_LOCK_KEY])
     finally:
-        connection.remove_notice_handler(heard)
         if not connection.broken:
             connection.execute("reset lock_timeout")
             connection.execute("reset statement_timeout")

@@ -19,6 +19,8 @@ from outbox.sealing import NO_KEYS, Keyring
 logger = logging.getLogger(__name__)
 
 _PREFIX = "STEPWELL_"
+_URLS = frozenset({"database_url", "direct_database_url"})
+_KEYS = frozenset({"encryption_keys", "encryption_keys_file"})
 # password, sslpassword, oauth_client_secret, scram_client_key, scram_server_key
 _SECRET_OPTIONS = re.compile(
     r"(\b\w*(?:password|_secret|_key)\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", re.IGNORECASE
@@ -43,6 +45,9 @@ class Settings:
 
     database_url: str | None = None
     """Where Postgres is; None means the embedded one in `data_dir`."""
+    direct_database_url: str | None = None
+    """The same database by an address without a connection pooler, where `database_url` leads through one: for what needs
+    a session of its own (a supervisor's locks, being rung for, the exporter's lock, migrations)."""
     data_dir: Path = field(default_factory=_default_data_dir)
     """Where the embedded Postgres lives."""
     max_payload_bytes: int = 1_048_576
@@ -85,8 +90,9 @@ class Settings:
             value = getattr(self, each.name)
             if isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{each.name} must be a positive number, got {value!r}")
-        if self.database_url is not None:
-            _check_url(self.database_url)
+        for name in _URLS:
+            if (url := getattr(self, name)) is not None:
+                _check_url(name, url)
         if self.encryption_keys is not None:
             Keyring.of(self.encryption_keys)
 
@@ -99,15 +105,17 @@ class Settings:
         """
         _warn_of_misspelt_variables(tuple(each.name for each in fields(cls)))
         given = {name: value for name, value in overrides.items() if value is not None}
-        from_environment = {"encryption_keys", "encryption_keys_file"}.isdisjoint(given)
+        # What belongs together comes from one place: other keys, or another database, may be meant.
+        decided = {name for together in (_KEYS, _URLS) if not together.isdisjoint(given) for name in together}
         for each in fields(cls):
             text = os.environ.get(_PREFIX + each.name.upper(), "").strip()
-            if (
-                text
-                and each.name not in given
-                and (from_environment or not each.name.startswith("encryption_"))
-            ):
+            if text and each.name not in given.keys() | decided:
                 given[each.name] = _from_environment(each.name, text)
+        if "direct_database_url" in given and "database_url" not in given:
+            raise ConfigError(
+                "STEPWELL_DIRECT_DATABASE_URL is set without STEPWELL_DATABASE_URL: it is a second way to the same "
+                "database; where there is one way only, set STEPWELL_DATABASE_URL to it"
+            )
         for name in ("data_dir", "encryption_keys_file"):
             if name in given:
                 given[name] = Path(given[name]).expanduser()
@@ -135,8 +143,9 @@ class Settings:
 
     def __repr__(self) -> str:
         shown = {each.name: getattr(self, each.name) for each in fields(self)}
-        if self.database_url is not None:
-            shown["database_url"] = without_password(self.database_url)
+        for name in _URLS:
+            if (url := getattr(self, name)) is not None:
+                shown[name] = without_password(url)
         if self.encryption_keys is not None:
             shown["encryption_keys"] = Keyring.of(self.encryption_keys)
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
@@ -148,7 +157,7 @@ def without_password(url: str) -> str:
     return _SECRET_OPTIONS.sub(r"\1***", hidden)
 
 
-def _check_url(url: str) -> None:
+def _check_url(name: str, url: str) -> None:
     if re.match(r"postgres(ql)?://", url) or (re.match(r"\s*\w+\s*=", url) and "://" not in url):
         return
     shown = without_password(url)
@@ -157,7 +166,7 @@ def _check_url(url: str) -> None:
         if url.startswith(("postgresql+", "postgres+"))
         else "write postgresql://user:password@host:5432/database, or host=… dbname=…"
     )
-    raise ConfigError(f"database_url {shown!r} is not the address of a Postgres database; {advice}")
+    raise ConfigError(f"{name} {shown!r} is not the address of a Postgres database; {advice}")
 
 
 def _warn_of_misspelt_variables(names: tuple[str, ...]) -> None:

@@ -22,6 +22,7 @@ from psycopg.rows import TupleRow
 
 from outbox.database import connect_async, retry_connecting_async
 from outbox.settings import Settings
+from tests.pooler import direct
 from tests.waiting import wait_until_async
 from worker.definitions import Registry, Workflow
 from worker.engine.engine import Engine
@@ -190,7 +191,7 @@ class Lab:
 
         async def once() -> list[tuple[Any, ...]]:
             if self._connection is None or self._connection.closed:
-                self._connection = await connect_async(self.url, application_name="test")
+                self._connection = await connect_async(direct(self.url), application_name="test")
             cursor = await self._connection.execute(statement, parameters)
             return await cursor.fetchall() if cursor.description else []
 

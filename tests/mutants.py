@@ -205,7 +205,7 @@ BY_TIME_STAMPS = (
     ),
     Edit(
         LIVENESS,
-        "        if not seen.locked and absent >= self._lost_lock_seconds:",
+        "        if seen.locking and not seen.locked and absent >= self._lost_lock_seconds:",
         "        silent = float(seen.host)\n"
         "        if not seen.locked and silent >= self._lost_lock_seconds:",
     ),
@@ -246,7 +246,7 @@ OBSERVER = [
     ),
     mutant(
         "observer", "judges by one look", LIVENESS,
-        "if not seen.locked and absent >= self._lost_lock_seconds:", "if not seen.locked:",
+        "if seen.locking and not seen.locked and absent >= self._lost_lock_seconds:", "if not seen.locked:",
         *unit("watchdog", "a_worker_that_beats_is_alive_without_its_lock"),
     ),
 ]  # fmt: skip
@@ -567,14 +567,15 @@ READING = [
 SESSIONS = [
     mutant(
         "a step's commit is durable", "it says itself whether", SCHEMA,
+        "has asked for (I7).\n"
         "    if current_setting('synchronous_commit') in ('off', 'local') then\n        perform set_config('synchronous_commit', 'on', true);\n    end if;\n",
-        "",
+        "has asked for (I7).\n",
         *integration(
             "engine_transaction_sessions", "a_step_cannot_have_its_completion_lost_by_a_commit_that_is_not_durable"
         ),
     ),
     mutant(
-        "what a step sets is undone", "the next one finds it", "outbox/pools.py",
+        "what a step sets is undone", "the next one finds it", "outbox/sessions.py",
         "    return f\"{load('reset_session')};\\n{load('session_settings')}\"", '    return "select 1"',
         *integration(
             "engine_transaction_sessions", "whatever_a_step_does_to_its_session_the_next_one_finds_it_as_it_was"

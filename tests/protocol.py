@@ -19,6 +19,7 @@ import psycopg
 from psycopg.rows import TupleRow
 
 from outbox.database import connect
+from tests.pooler import direct
 from tests.waiting import wait_until
 from worker.engine.claims import Claim
 from worker.engine.transitions import (
@@ -54,6 +55,7 @@ TABLES = (
     "workflows",
     "counters",
     "doorbell",
+    "exporter",
 )
 
 _ids = itertools.count(2_000_001)
@@ -222,7 +224,7 @@ class Lab:
 
     def connection(self, *, autocommit: bool = True) -> Db:
         """Open another connection. A transaction that is open on it at the end of the test is rolled back."""
-        db = connect(self.url, application_name="test", autocommit=True)
+        db = connect(direct(self.url), application_name="test", autocommit=True)
         self._stack.callback(db.close)
         db.execute(f"set statement_timeout = '{STATEMENT_SECONDS}s'".encode())
         db.autocommit = autocommit

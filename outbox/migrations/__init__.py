@@ -53,6 +53,7 @@ class Script:
 
     title: str
     statements: tuple[str, ...]
+    in_transaction: bool = True
 
 
 def numbered() -> list[Migration]:
@@ -97,7 +98,7 @@ def applying(migration: Migration, patience_seconds: float) -> Script:
     """Return what takes one step, trying for `patience_seconds` to get its locks."""
     if migration.in_transaction:
         return Script(str(migration), (_patiently(migration, patience_seconds), DURABLY))
-    return Script(str(migration), (*split(migration.sql), _record(migration)))
+    return Script(str(migration), (*split(migration.sql), _record(migration)), in_transaction=False)
 
 
 SESSION = ("set lock_timeout = 0", "set statement_timeout = 0")

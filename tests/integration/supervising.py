@@ -90,11 +90,17 @@ async def supervising(
 
 @contextmanager
 def lone_supervisor(
-    url: str, app: str = "work", processes: int = 1, *, real: bool = False, log: Path | None = None
+    url: str,
+    app: str = "work",
+    processes: int = 1,
+    *,
+    real: bool = False,
+    log: Path | None = None,
+    **settings: Any,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a supervisor in a process group of its own; whatever is left of the group is killed at the end."""
     root = Path(__file__).resolve().parents[2]
-    arguments = [url, json.dumps(QUICK), app, str(processes), *(["real"] if real else [])]
+    arguments = [url, json.dumps({**QUICK, **settings}), app, str(processes), *(["real"] if real else [])]
     with (log or Path(os.devnull)).open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.integration.lone_supervisor", *arguments],

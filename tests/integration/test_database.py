@@ -14,7 +14,6 @@ import sqlalchemy
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import TupleRow
 
-from outbox import database
 from outbox.database import (
     connect,
     connect_async,
@@ -77,17 +76,15 @@ async def test_user_code_may_get_json_decoded(database_url: str) -> None:
         assert one.execute(AS_STORED).fetchone() == decoded
 
 
-async def test_autocommit_and_preparing_are_the_callers_choice(database_url: str) -> None:
-    with connect(database_url, application_name="me", autocommit=False, prepare_threshold=None) as one:
+async def test_autocommit_is_the_callers_choice(database_url: str) -> None:
+    with connect(database_url, application_name="me", autocommit=False) as one:
         assert not one.autocommit
-        assert one.prepare_threshold is None
         assert one.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
     async with (
         async_pool(database_url, application_name="me", max_size=1, autocommit=False) as many,
         many.connection() as other,
     ):
         assert not other.autocommit
-        assert other.prepare_threshold == database.PREPARE_AFTER
 
 
 def test_the_url_wins_over_the_defaults_but_not_over_the_application_name() -> None:

@@ -258,7 +258,9 @@ async def test_one_locked_row_does_not_stop_the_beats_of_the_others(
     db.execute("select stepwell.bury_v1(%s)", [buried])
     with connect(database_url, application_name="a person", autocommit=False) as person:
         person.execute("select from stepwell.workers where id = %s for update", [one])
-        known = await (await adb.execute(load("beat"), [[one, other, buried, 1]])).fetchall()
+        known = await (
+            await adb.execute(load("beat"), {"workers": [one, other, buried, 1], "locking": True})
+        ).fetchall()
     assert {row[0] for row in known} == {one, other}
     assert dict(db.execute("select id, beat from stepwell.workers").fetchall()) == {
         one: 0,
@@ -273,7 +275,7 @@ async def test_a_beat_does_not_wait_for_a_claim(
     one = worker()
     with session_of(database_url, one) as claiming:
         claiming.execute("select from stepwell.workers where id = %s for key share", [one])
-        await adb.execute(load("beat"), [[one]])
+        await adb.execute(load("beat"), {"workers": [one], "locking": True})
     assert db.execute("select beat from stepwell.workers").fetchone() == (1,)
 
 

@@ -18,7 +18,7 @@ from tests.security.members import Member, member_of
 Db = psycopg.Connection[TupleRow]
 
 TABLES = (
-    "runs", "keys", "tasks", "outbox", "signals", "state", "stream", "workers", "workflows", "counters", "doorbell",
+    "runs", "keys", "tasks", "outbox", "signals", "state", "stream", "workers", "workflows", "counters", "doorbell", "exporter",
     "migrations",
 )  # fmt: skip
 PRODUCERS_OWN = ("enqueue", "enqueue_many", "signal", "cancel", "current_version")

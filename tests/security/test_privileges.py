@@ -37,7 +37,7 @@ CLAIMANTS = "_v1"
 TABLES = frozenset(
     {
         "runs", "keys", "tasks", "outbox", "signals", "state", "stream", "workers", "workflows", "counters",
-        "doorbell", "migrations",
+        "doorbell", "exporter", "migrations",
     }
 )  # fmt: skip
 VIEWS = frozenset({"run_status", "supervised"})

@@ -42,13 +42,18 @@ def test_none_and_an_empty_variable_mean_not_given(monkeypatch: pytest.MonkeyPat
 
 
 def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {"database_url": "postgresql://db/app", "data_dir": "/srv/data"}
+    given = {
+        "database_url": "postgresql://db/app",
+        "direct_database_url": "postgresql://db2/app",
+        "data_dir": "/srv/data",
+    }
     keys = {"encryption_keys", "encryption_keys_file"}  # exclude each other: tests/unit/test_sealing.py
     for each in fields(Settings):
         if each.name not in keys:
             monkeypatch.setenv(f"STEPWELL_{each.name.upper()}", given.get(each.name, "17"))
     settings = Settings.load()
     assert settings.database_url == "postgresql://db/app"
+    assert settings.direct_database_url == "postgresql://db2/app"
     assert settings.data_dir == Path("/srv/data")
     for each in fields(Settings):
         if each.name not in given.keys() | keys:
@@ -116,11 +121,36 @@ def test_no_password_is_ever_shown(url: str) -> None:
     assert "secret" not in without_password(url)
     assert "***" in without_password(url)
     assert "app" in without_password(url)
-    try:
-        shown = repr(Settings(database_url=url))
-    except ConfigError as error:
-        shown = str(error)
-    assert "secret" not in shown
+    for name in ("database_url", "direct_database_url"):
+        try:
+            shown = repr(Settings(**{name: url}))
+        except ConfigError as error:
+            shown = str(error)
+        assert "secret" not in shown
+
+
+def test_a_second_way_to_the_database_needs_a_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPWELL_DIRECT_DATABASE_URL", "postgresql://db/app")
+    with pytest.raises(ConfigError, match="without STEPWELL_DATABASE_URL"):
+        Settings.load()
+    monkeypatch.setenv("STEPWELL_DATABASE_URL", "postgresql://pooler/app")
+    assert Settings.load().direct_database_url == "postgresql://db/app"
+
+
+def test_the_second_way_of_the_environment_is_not_taken_to_another_database(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STEPWELL_DATABASE_URL", "postgresql://pooler/app")
+    monkeypatch.setenv("STEPWELL_DIRECT_DATABASE_URL", "postgresql://db/app")
+    settings = Settings.load(database_url="postgresql://elsewhere/app")
+    assert (settings.database_url, settings.direct_database_url) == ("postgresql://elsewhere/app", None)
+
+
+def test_a_bad_second_way_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPWELL_DIRECT_DATABASE_URL", "mysql://user:secret@db")
+    with pytest.raises(ConfigError, match=r"^STEPWELL_DIRECT_DATABASE_URL: direct_database_url") as caught:
+        Settings.load()
+    assert "secret" not in str(caught.value)
 
 
 def test_settings_are_frozen() -> None:

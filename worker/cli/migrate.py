@@ -7,7 +7,7 @@ import sys
 import click
 
 from outbox import schema
-from outbox.database import connect
+from outbox.database import connect, direct_url
 from outbox.settings import Settings
 from worker.cli.connecting import APPLICATION_NAME, database
 from worker.cli.mistakes import FAILED
@@ -32,7 +32,7 @@ def migrate(settings: Settings, check: bool, print_sql: bool, as_json: bool) -> 
         raise click.UsageError("give --check or --print, not both")
     with (
         database(settings, migrated=False) as url,
-        connect(url, application_name=APPLICATION_NAME) as connection,
+        connect(direct_url(settings, url), application_name=APPLICATION_NAME) as connection,
     ):
         if print_sql:
             click.echo(schema.print_plan(connection), nl=False)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from outbox.database import direct_url
 from outbox.settings import Settings
 from worker.cli.connecting import database
 from worker.cli.options import database_option, duration
@@ -87,7 +88,7 @@ def worker(
             from worker.telemetry.exporter import Exporter
 
             exporter = Exporter(
-                url,
+                direct_url(settings, url),
                 directory=directory,
                 host=metrics_host,
                 port=metrics_port,

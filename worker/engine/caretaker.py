@@ -25,7 +25,8 @@ SET_ASIDE_AT_MOST = 5000
 class Caretaker:
     """Cares for `queues`. `held` returns the tasks that the engine knows it holds, `on_ready` wakes it.
 
-    `on_cancelled` is told which of the tasks that are claimed here are to be cancelled.
+    `on_cancelled` is told which of the tasks that are claimed here are to be cancelled. While `is_rung_for` says no,
+    nobody else tells of them, and they are looked for at each turn.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Caretaker:
         held: Callable[[], set[int]],
         on_ready: Callable[[], None],
         on_cancelled: Callable[[Sequence[int]], None],
+        is_rung_for: Callable[[], bool],
     ) -> None:
         self.suspects = False
         self._claimant = claimant
@@ -46,6 +48,7 @@ class Caretaker:
         self._held = held
         self._on_ready = on_ready
         self._on_cancelled = on_cancelled
+        self._is_rung_for = is_rung_for
         self._suspicious: set[Held] = set()
         self._connections = 0
         self._poked = asyncio.Event()
@@ -79,6 +82,8 @@ class Caretaker:
             self._connections = self._claimant.connections
             self._house_kept_at = now
             await self._keep_house()
+        elif not self._is_rung_for() and self._held():
+            await self.look_for_cancellations()
         return TICK_SECONDS if next_in is None else min(max(next_in, 0.0), TICK_SECONDS)
 
     async def look_for_cancellations(self) -> None:

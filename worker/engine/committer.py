@@ -175,7 +175,7 @@ class Committer:
         await asyncio.sleep(REFUSED_SECONDS)
 
 
-def rows_of(settings: Settings) -> int:
+def flush_rows(settings: Settings) -> int:
     """Return how many transitions one flush takes: at most half of what can be in flight.
 
     So this process drives one half while the database writes the other, instead of both waiting in turn.

@@ -38,7 +38,7 @@ from worker.engine.advance import Advance
 from worker.engine.caretaker import Caretaker
 from worker.engine.claimed import Claimed
 from worker.engine.claims import Claim, Claimant
-from worker.engine.committer import Committer, rows_of
+from worker.engine.committer import Committer, flush_rows
 from worker.engine.doorbell import ANY_QUEUE, Doorbell
 from worker.engine.errand import Errand
 from worker.engine.means import Means
@@ -113,11 +113,13 @@ class Engine:
         self._turns = self._rotation = 0
         self._claimant = Claimant(self._connect, worker_id, max_payload_bytes=settings.max_payload_bytes)
         self._committer = Committer(
-            self._connect, worker_id, max_rows=rows_of(settings), max_bytes=settings.flush_max_bytes
+            self._connect, worker_id, max_rows=flush_rows(settings), max_bytes=settings.flush_max_bytes
         )
         self._executor = Executor(settings.threads)
         self._transactions = Transactions(url, worker_id, settings.connections, self._executor)
-        self._doorbell = Doorbell(self._connect, self._queues, self._rung, self._cancellation_rung, worker_id)
+        self._doorbell = Doorbell(
+            database.direct_url(settings, url), worker_id, self._queues, self._rung, self._cancellation_rung
+        )
         self._caretaker = Caretaker(
             self._claimant,
             self._committer,
@@ -126,6 +128,7 @@ class Engine:
             self._held,
             self._changed.set,
             self._cancel,
+            is_rung_for=lambda: self._doorbell.hears,
         )
         self._means = Means(
             self._committer, self._executor, self._transactions, settings, Sandbox(),
@@ -273,16 +276,18 @@ class Engine:
         return claimed
 
     async def _idle(self) -> None:
-        """Wait for a slot, a ring or the next poll; with free slots, ask producers to ring."""
+        """Wait for a slot, a ring or the next poll; with free slots, ask producers to ring if that can be heard."""
         full = len(self._flying) >= self._settings.concurrency
         # Wakes and timers are applied without a slot.
         queues, seconds = (
             ([ANY_QUEUE], CANCEL_SECONDS) if full else (self._queues, self._settings.poll_seconds)
         )
-        rung = await self._claimant.idle(
+        asks = self._doorbell.hears
+        rung = asks and await self._claimant.idle(
             queues, self._settings.doorbell_seconds, at_least_seconds=seconds + LATE_SECONDS
         )
-        if not (rung or full or self._draining) and await self.run_once():  # what came before the lease
+        # What came before the lease.
+        if asks and not (rung or full or self._draining) and await self.run_once():
             return
         if not self._draining:
             await self._wait(seconds)
@@ -368,9 +373,7 @@ class Engine:
         return self._starting | set(self._flying)
 
     def _count_slots(self) -> None:
-        busy = len(self._flying)
-        metrics.SLOTS.labels("busy").set(busy)
-        metrics.SLOTS.labels("free").set(max(0, self._settings.concurrency - busy))
+        metrics.count_slots(len(self._flying), self._settings.concurrency)
 
     # -- alone with a suspect
 

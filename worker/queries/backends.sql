@@ -1,7 +1,7 @@
 -- Purpose: the backends that still serve a worker, and whether each is in the middle of a statement (unknown to a role
--- without the right: false). They are found by the name that all of its connections carry; one that executes a
--- transactional step, which may have renamed it, by the lock that its transaction holds: the worker's id, negated. A
--- bigint key is shown as classid (high half) and objid (low half), objsubid 1.
+-- without the right: false). They are found by the name that all of its connections carry, unless they go through a pooler;
+-- and by the lock that each of its transactions which locks anything holds, whatever a step or a pooler has made of the
+-- name: the worker's id, negated. A bigint key is shown as classid (high half) and objid (low half), objsubid 1.
 -- Index: none, function scans over the process array and the locks. Locks: none.
 with marked as materialized (
     select l.pid

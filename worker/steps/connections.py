@@ -2,7 +2,8 @@
 
 A source opens a transaction by a statement of the caller's and yields the driver's connection with what the step
 is given. Steps share sessions, one after the other: whatever one has set in a session (settings, a role, locks,
-temporary tables) is undone when it comes back to its pool. Each is made at the first step that wants it, and SQLAlchemy is imported only then: it takes longer to
+temporary tables) is undone when it comes back to its pool; behind a connection pooler with the end of its transaction,
+by `worker.steps.transactions`. Each is made at the first step that wants it, and SQLAlchemy is imported only then: it takes longer to
 import than everything else that a worker needs.
 """
 
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import psycopg
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from outbox import database, pools
+from outbox import database, pools, sessions
 from worker.kinds import TransactionKind
 
 if TYPE_CHECKING:
@@ -194,13 +195,15 @@ def _reset_on_return(engine: Engine) -> None:
     """Undo what a step has set in a session before another step gets it, as the pools of psycopg do."""
     from sqlalchemy import event
 
-    def reset(connection: Any, _record: Any, state: Any) -> None:
+    def reset(connection: Any, record: Any, state: Any) -> None:
         if state.terminate_only or not state.asyncio_safe:
             return  # it is being closed, not returned
         connection.rollback()
+        if sessions.is_pooled(record.driver_connection):
+            return  # its session has gone back already
         connection.autocommit = True
         cursor = connection.cursor()
-        cursor.execute(pools.session_reset())
+        cursor.execute(sessions.reset())
         cursor.close()
         connection.autocommit = False
 

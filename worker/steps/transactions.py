@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from psycopg.pq import TransactionStatus
 
-from outbox import database
+from outbox import database, sessions
 from outbox.transient import is_bad_data, is_conflict, is_transient
 from worker.context import executing
 from worker.kinds import TransactionKind
@@ -148,6 +148,8 @@ class Transactions:
                     driver.execute(_OURSELVES)
                     cursor = driver.execute(load("commit_step"), attempt.parameters(documents))
                     driver.execute("commit")
+                    if sessions.is_pooled(driver):
+                        sessions.give_back(driver)
                 return Committed(cursor.fetchone()[0])
 
         answer = await self._executor.in_thread(attempt.call, work, timeout, lambda: attempt.concluding)
@@ -258,6 +260,8 @@ async def _commit_async(driver: Any, attempt: _Attempt, documents: Documents) ->
         await driver.execute(_OURSELVES)
         cursor = await driver.execute(load("commit_step"), attempt.parameters(documents))
         await driver.execute("commit")
+        if sessions.is_pooled(driver):
+            await sessions.give_back_async(driver)
     return Committed((await cursor.fetchone())[0])
 
 
@@ -279,7 +283,7 @@ def _rolled_back(driver: Any, attempt: _Attempt, transaction: str) -> Iterator[N
         yield
     except BaseException:
         if not driver.closed:
-            driver.rollback()
+            sessions.roll_back(driver)
             attempt.ended |= driver.execute(_FATE, (transaction,)).fetchone()[0] == "committed"
         raise
 
@@ -292,7 +296,7 @@ async def _rolled_back_async(driver: Any, attempt: _Attempt, transaction: str) -
         yield
     except BaseException:
         if not driver.closed:
-            await driver.rollback()
+            await sessions.roll_back_async(driver)
             cursor = await driver.execute(_FATE, (transaction,))
             attempt.ended |= (await cursor.fetchone())[0] == "committed"
         raise

@@ -5,6 +5,10 @@ or has exited. A tick takes the locks that are still missing and gives back thos
 beats for all children in one statement when that is due, and looks at all workers. After a lost connection the locks are taken again before the
 first beat, and the observation starts anew (see `worker.supervision.liveness`).
 
+Through a connection pooler in transaction mode there is no session: no locks are taken, the beats say so, and observers
+go by the lease alone. Everything else is one statement at a time, which a pooler does not mind. A connection to a pooler
+outlives the server's own end, so there the observation also starts anew when another server answers, or the same again.
+
 Whatever goes wrong on the connection has one remedy, a new one, for ever: a server that restarts, a failover
 that leaves us on a read-only node, a permission that is missing for a while. Only the first connection may
 fail for good, so that a mistake in the configuration ends the supervisor instead of filling its log.
@@ -24,6 +28,7 @@ import psycopg
 from outbox.database import LONGEST_WAIT_SECONDS, retry_connecting_async
 from outbox.errors import SchemaError
 from outbox.schema import CLAIMANT_FUNCTIONS, check_async
+from outbox.sessions import is_pooled
 from outbox.settings import Settings
 from worker.queries import load
 from worker.supervision.liveness import Observer, Verdict, sightings
@@ -65,6 +70,7 @@ class Heartbeat:
         self._poked = asyncio.Event()
         self._attempts = 0
         self._online = False
+        self._told = False
         self._ticked_at: float | None = None
         self.started = asyncio.Event()
         self.schema_ok = False
@@ -76,7 +82,10 @@ class Heartbeat:
         return at is not None and time.monotonic() - at < 5 + 3 * self._settings.beat_seconds
 
     async def adopt(self, worker_id: int) -> None:
-        """Beat for this worker from now on; return once its lock is held, which may take an outage."""
+        """Beat for this worker from now on; return once its lock is held, which may take an outage.
+
+        Where no lock can be held, once there is a connection.
+        """
         held = self._adopted.setdefault(worker_id, asyncio.Event())
         self._poked.set()
         await held.wait()
@@ -119,20 +128,33 @@ class Heartbeat:
         self._attempts += 1
         connection = await self._connect()
         try:
-            await connection.execute(load("supervisor_session"))
             self.schema_ok = False
             await check_async(connection, CLAIMANT_FUNCTIONS)
             self.schema_ok = True
         except BaseException:
             await connection.close()
             raise
+        if is_pooled(connection):
+            self._tell_of_pooler()
         return connection
+
+    def _tell_of_pooler(self) -> None:
+        if not self._told:
+            settings = self._settings
+            logger.warning(
+                "this supervisor has no way to the database but through a connection pooler: the death of its machine is "
+                "noticed after %g s instead of %g, and idle workers look every %g s instead of being rung for; "
+                "STEPWELL_DIRECT_DATABASE_URL can name the database itself",
+                settings.lease_seconds, settings.lost_lock_seconds, settings.poll_seconds,
+            )  # fmt: skip
+        self._told = True
 
     async def _serve(self, connection: Connection) -> None:
         """Tick on this connection until it fails."""
         # After an outage the others come back one by one: they wait at most so long between two attempts.
         settle_seconds = 0.0 if self._attempts == 1 else LONGEST_WAIT_SECONDS
         observer = Observer(self._settings, settle_seconds=settle_seconds)
+        server = await self._server_behind(connection)
         beat_due = 0.0
         while True:
             now = time.monotonic()
@@ -141,6 +163,10 @@ class Heartbeat:
             if now >= beat_due:
                 await self._beat(connection)
                 beat_due = now + self._settings.beat_seconds
+            found = await self._server_behind(connection)
+            if found != server:
+                server, observer = found, Observer(self._settings, settle_seconds=LONGEST_WAIT_SECONDS)
+                self._on_lost()
             await self._observe(connection, observer)
             self._online, self._ticked_at = True, time.monotonic()
             self.started.set()
@@ -154,6 +180,10 @@ class Heartbeat:
         await self._give_locks_back(connection)
 
     async def _take_locks(self, connection: Connection) -> None:
+        if is_pooled(connection):
+            for adopted in self._adopted.values():
+                adopted.set()
+            return
         missing = sorted(self._adopted.keys() - self._locked)
         if not missing:
             return
@@ -173,8 +203,16 @@ class Heartbeat:
 
     async def _beat(self, connection: Connection) -> None:
         if self._adopted:
-            cursor = await connection.execute(load("beat"), [sorted(self._adopted)])
+            beat = {"workers": sorted(self._adopted), "locking": not is_pooled(connection)}
+            cursor = await connection.execute(load("beat"), beat)
             self._on_beat({row[0] for row in await cursor.fetchall()})
+
+    async def _server_behind(self, connection: Connection) -> tuple[Any, ...] | None:
+        """Tell the server that a pooler leads to just now; None without a pooler, where a connection ends with its server."""
+        if not is_pooled(connection):
+            return None
+        row: tuple[Any, ...] | None = await (await connection.execute(load("which_server"))).fetchone()
+        return row
 
     async def _observe(self, connection: Connection, observer: Observer) -> None:
         seen = await sightings(connection)

@@ -2,7 +2,9 @@
 
 Three detectors, in order of speed. *Obituary*: a child has exited, and its supervisor says so. *Lost lock*: a
 worker's beat has not changed for `lost_lock_seconds`, and the advisory lock that its supervisor's session holds
-was absent throughout. *Lease*: its beat has not changed for `lease_seconds`, whatever the lock says.
+was absent throughout. *Lease*: its beat has not changed for `lease_seconds`, whatever the lock says. A supervisor that
+reaches the database through a connection pooler only has no session to hold a lock in; its beats say so, and for its
+workers the lease alone counts.
 
 `Observer` judges by what it has seen on one unbroken connection, by its own monotonic clock: a new connection
 takes a new observer. Otherwise the first supervisor back after a restart of the database would hold everybody
@@ -66,6 +68,7 @@ class Sighting:
     locked: bool
     host: str = ""
     pid: int = 0
+    locking: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +115,14 @@ class Observer:
         absent = self._absences.setdefault(seen.worker_id, Unchanged(gap)).see(
             None if seen.locked else seen.beat, now
         )
-        if not seen.locked and absent >= self._lost_lock_seconds:
+        if seen.locking and not seen.locked and absent >= self._lost_lock_seconds:
             return self._verdict(seen, "lost_lock", silent)
         if silent >= self._lease_seconds or (seen.buried and silent >= self._lost_lock_seconds):
             return self._verdict(seen, "lease", silent)
         return None
 
     def _verdict(self, seen: Sighting, detector: Detector, silent_seconds: float) -> Verdict:
-        lock = "held" if seen.locked else "lost"
+        lock = "held" if seen.locked else "lost" if seen.locking else "never held, through a pooler"
         return Verdict(
             seen.worker_id,
             detector,
@@ -209,15 +212,17 @@ async def end_backends(connection: Connection, worker_id: int) -> int:
     ended = 0
     for backend, _ in await _backends(connection, worker_id):
         try:
-            await connection.execute(load("terminate_backend"), [backend])
+            # Asked again in the statement that ends it: behind a pooler, it may serve somebody else by now.
+            cursor = await connection.execute(
+                load("terminate_backend"), {"backend": backend, "worker": worker_id}
+            )
+            ended += len(await cursor.fetchall())
         except InsufficientPrivilege as error:
             logger.warning(
                 "backend %d of dead worker %d cannot be terminated, so its tasks wait until it ends: %s; "
                 "run all workers under one role, or grant theirs pg_signal_backend",
                 backend, worker_id, error.diag.message_primary,
             )  # fmt: skip
-        else:
-            ended += 1
     return ended
 
 

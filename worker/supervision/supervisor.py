@@ -30,14 +30,17 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import psycopg
 
-from outbox.database import connect_async
+from outbox.database import connect_async, direct_url, retry_connecting_async
 from outbox.errors import ConfigError, SchemaError
+from outbox.schema import check_async
 from outbox.settings import Settings
 from worker.engine.vitals import Vitals
+from worker.queries import load
 from worker.supervision import children
 from worker.supervision.children import Backoff, Child, Exit
 from worker.supervision.heartbeat import Heartbeat
@@ -151,7 +154,7 @@ class Supervisor:
         Where it is 2, `complaint` holds the sentence for the person at the terminal; it is not logged.
         SIGTERM and SIGINT are handled meanwhile if this is the main thread.
         """
-        works = (self._heartbeat.run(), self._undertaker.run(), self._pulse())
+        works = (self._heartbeat.run(), self._undertaker.run(), self._pulse(), self._compare_addresses())
         background = [asyncio.create_task(self._guarded(work)) for work in works]
         keepers = [asyncio.create_task(self._guarded(self._keep())) for _ in range(self._processes)]
         with self._signals():
@@ -286,7 +289,28 @@ class Supervisor:
     # -- what the parts report ---------------------------------------------------------------------
 
     async def _connect(self) -> psycopg.AsyncConnection[Any]:
-        return await connect_async(self._url, application_name=f"stepwell supervisor {self.id}")
+        """Open a connection for a session of our own, to the database itself if its address is known."""
+        return await self._connect_to(direct_url(self._settings, self._url))
+
+    async def _connect_to(self, url: str) -> psycopg.AsyncConnection[Any]:
+        return await connect_async(url, application_name=f"stepwell supervisor {self.id}")
+
+    async def _compare_addresses(self) -> None:
+        """Fail if the two addresses lead to two databases: the workers of one would be beaten for in the other."""
+        direct = direct_url(self._settings, self._url)
+        if direct == self._url:
+            return
+        await self._heartbeat.started.wait()  # it says first what else is wrong
+        found = set()
+        for url in (direct, self._url):
+            connect = partial(self._connect_to, url)
+            async with await retry_connecting_async(connect, give_up_after_seconds=None) as connection:
+                await check_async(connection)
+                found.add(await (await connection.execute(load("which_database"))).fetchone())
+        if len(found) > 1:
+            raise ConfigError(
+                "STEPWELL_DATABASE_URL and STEPWELL_DIRECT_DATABASE_URL lead to two databases; they have to be two ways to one"
+            )
 
     def _note_ready(self, child: Child) -> None:
         self._was_ready = True

@@ -4,7 +4,8 @@ Two sources meet in one answer. What the processes count comes from the files th
 (`worker.telemetry.files`). What the database knows (exact totals, the depth of the queues, its health) comes
 from `DatabaseMetrics`, and is exported once, however many supervisors run: by the one whose session holds
 the exporter's advisory lock. The lock goes with its session, so another takes over within five seconds
-of the end of a supervisor, and at once when it is scraped.
+of the end of a supervisor, and at once when it is scraped. Through a connection pooler there is no session for a lock; who
+has no other way takes a lease instead, as long as nobody holds the lock, and another takes over within fifteen seconds.
 
 A scrape waits, at most two seconds, for totals that were read after it arrived: what had been recorded
 when it was sent is in the answer. Counting the queues reads the whole task table, so that is repeated only
@@ -20,10 +21,12 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
@@ -38,6 +41,7 @@ from prometheus_client.core import Metric
 from outbox import schema
 from outbox.database import connect
 from outbox.errors import ConfigError, StepwellError
+from outbox.sessions import is_pooled
 from worker.queries import load
 from worker.telemetry.files import ProcessFiles
 from worker.telemetry.snapshot import Depths, Snapshot, families, read_depths, read_totals
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 5.0
+LEASE_SECONDS = 15.0
 SCRAPE_WAIT_SECONDS = 2.0
 COUNT_AT_MOST_EVERY_SECONDS = 1.0
 COUNT_REST_FACTOR = 20  # counting the queues takes at most a twentieth of one connection's time
@@ -77,6 +82,7 @@ class DatabaseMetrics:
         self._thread: threading.Thread | None = None
         self._connection: psycopg.Connection[Any] | None = None
         self._exports = False
+        self._lease = secrets.randbelow(2**63)
         self._stranger: int | None = None
         self._depths: Depths | None = None
         self._snapshot: Snapshot | None = None
@@ -141,10 +147,13 @@ class DatabaseMetrics:
         try:
             self._on_refresh()
             connection = self._connected()
-            if not self._has_lock(connection):
-                return None, None
-            # Who asks waits for a look of his own: without him, it is enough to be there and to have the lock.
-            return (self._read(connection) if asked else self._snapshot), None
+            with _limited(connection):
+                exports = self._has_lock(connection)
+            if not (exports and asked):
+                # Who asks waits for a look of his own: without him, it is enough to be there and to have the lock.
+                return (self._snapshot if exports else None), None
+            with _limited(connection):
+                return self._read(connection), None
         except (psycopg.Error, StepwellError) as error:
             problem = " ".join(str(error).split()) or type(error).__name__
             self._report(problem)
@@ -162,7 +171,6 @@ class DatabaseMetrics:
         if self._connection is None:
             connection = connect(self._url, application_name="stepwell exporter")
             try:
-                connection.execute("select set_config('statement_timeout', %s, false)", [STATEMENT_TIMEOUT])
                 schema.check(connection, schema.CLAIMANT_FUNCTIONS)
             except BaseException:
                 connection.close()
@@ -177,7 +185,10 @@ class DatabaseMetrics:
 
     def _has_lock(self, connection: psycopg.Connection[Any]) -> bool:
         """Tell whether this session is the exporter, after trying to become it."""
-        if not self._exports:
+        if is_pooled(connection):
+            lease = {"holder": self._lease, "seconds": LEASE_SECONDS}
+            self._exports = connection.execute(load("exporter_lease"), lease).fetchone() is not None
+        elif not self._exports:
             row = connection.execute(load("exporter_lock")).fetchone()
             assert row is not None  # the statement always answers with one row
             self._exports, pid, role = row
@@ -205,6 +216,14 @@ class DatabaseMetrics:
             took = time.monotonic() - started
             self._count_again_at = started + max(COUNT_AT_MOST_EVERY_SECONDS, COUNT_REST_FACTOR * took)
         return Snapshot(totals, self._depths)
+
+
+@contextmanager
+def _limited(connection: psycopg.Connection[Any]) -> Iterator[None]:
+    """Hold a transaction whose statements are given up after a while: set for a session, a pooler would hand that on."""
+    with connection.transaction():
+        connection.execute("select set_config('statement_timeout', %s, true)", [STATEMENT_TIMEOUT])
+        yield
 
 
 # -- the server --------------------------------------------------------------------------------------

@@ -100,6 +100,12 @@ def hand_over() -> None:
 claim_wait = Tally(CLAIM_WAIT)
 
 
+def count_slots(busy: int, concurrency: int) -> None:
+    """Say how many places for runs in flight are taken, out of how many."""
+    SLOTS.labels("busy").set(busy)
+    SLOTS.labels("free").set(max(0, concurrency - busy))
+
+
 @cache
 def step_seconds(step: str) -> Tally:
     """Return the tally of one step."""

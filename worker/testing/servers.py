@@ -29,6 +29,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from outbox import embedded, schema
 from outbox.database import connect
 from outbox.errors import ConfigError
+from outbox.sessions import is_pooled
 from worker.queries import load
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,11 @@ class Server:
             self._connection = None
         if self._connection is None:
             self._connection = connect(self.url, application_name=f"stepwell testing {self._session}")
+            if is_pooled(self._connection):
+                raise ConfigError(
+                    "the tests' database URL leads through a connection pooler, where a session keeps neither its name nor "
+                    "its databases; give them the address of the database itself"
+                )
         cursor = self._connection.execute(statement)
         return cursor.fetchall() if cursor.description else []
 
