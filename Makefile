@@ -13,8 +13,8 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup demo test versions slow nightly crash mutations chaos bench bench-smoke bench-peers audit deploy-check \
-	lock lint types layers format migration
+.PHONY: help setup demo test versions pgbouncer slow nightly crash mutations chaos bench bench-smoke bench-peers audit \
+	deploy-check lock lint types layers format migration
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,13 +34,22 @@ demo: setup ## Welcome a thousand leads while workers are killed
 test: setup ## Run all tests but the slow ones
 	$(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow' $(ARGS)
 
-versions: setup ## Run the tests that need a database on the other versions of Postgres that are here
+# On this version what the integration tests test goes through a PgBouncer, where there is one: so that happens once with
+# each change, and takes no time of its own.
+POOLED := 15
+
+versions: setup ## Run the tests that need a database on the other versions of Postgres that are here, once through PgBouncer
 	export STEPWELL_PROGRAMS=$${STEPWELL_PROGRAMS:-50}; \
 	for version in $$($(BIN)/python -m tests.postgres); do \
-		echo "on Postgres $$version"; \
-		$(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow' --postgres $$version tests/integration tests/crash tests/upgrade $(ARGS); \
+		through=; \
+		if [ "$$version" = $(POOLED) ] && PATH="$$PATH:/usr/sbin" command -v pgbouncer >/dev/null; then through=--pgbouncer; fi; \
+		echo "on Postgres $$version $${through:+through PgBouncer}"; \
+		$(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow' --postgres $$version $$through tests/integration tests/crash tests/upgrade $(ARGS); \
 		$(BIN)/pytest -n $(JOBS) --dist load -m 'slow and crash' --postgres $$version tests/crash tests/upgrade $(ARGS); \
 	done
+
+pgbouncer: setup ## Run the integration tests with everything that is tested behind a PgBouncer in transaction mode
+	$(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow' --pgbouncer tests/integration $(ARGS)
 
 slow: setup ## Run the slow tests: the demo in every way it can go, and the crash matrix
 	$(BIN)/pytest -n $(JOBS) --dist load -m slow $(ARGS)

@@ -1,8 +1,13 @@
-"""Fixtures: one Postgres cluster for the session, a database of its own for each test."""
+"""Fixtures: one Postgres cluster for the session, a database of its own for each test.
+
+With `--pgbouncer` what tests/integration tests reaches the database through a PgBouncer in transaction mode (`tests.pooler`),
+while the connections that tests look with go around it. A test that is marked `direct` goes around it altogether.
+"""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import hypothesis
 import psycopg
@@ -12,7 +17,10 @@ from psycopg.rows import TupleRow
 
 from outbox.database import connect, connect_async
 from tests import postgres
+from tests.pooler import Pooler, direct
 from tests.postgres import Cluster
+
+TIER = Path(__file__).parent / "integration"
 
 # How long an example takes says more about what else the machine does than about the code.
 hypothesis.settings.register_profile("stepwell", deadline=None)
@@ -27,6 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=18,
         help="major version to test on: 18 and 16 are embedded, 15 is the system's",
     )
+    parser.addoption(
+        "--pgbouncer", action="store_true", help="have what is tested go through a real PgBouncer"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -37,29 +48,47 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
         yield started
 
 
+@pytest.fixture(scope="session")
+def pooler(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[Pooler | None]:
+    """The PgBouncer of the session, None without `--pgbouncer`."""
+    if not request.config.getoption("--pgbouncer"):
+        yield None
+        return
+    with Pooler(cluster) as started:
+        yield started
+
+
 @pytest.fixture
-def database_url(cluster: Cluster) -> Iterator[str]:
+def database_url(request: pytest.FixtureRequest, cluster: Cluster, pooler: Pooler | None) -> Iterator[str]:
     """A fresh database with the schema; dropped afterwards, whoever is still connected."""
     with cluster.database() as url:
-        yield url
+        yield _by_way_of(pooler, request, url)
 
 
 @pytest.fixture
-def empty_database_url(cluster: Cluster) -> Iterator[str]:
+def empty_database_url(
+    request: pytest.FixtureRequest, cluster: Cluster, pooler: Pooler | None
+) -> Iterator[str]:
     """A fresh database without the schema."""
     with cluster.database(template=None) as url:
-        yield url
+        yield _by_way_of(pooler, request, url)
+
+
+def _by_way_of(pooler: Pooler | None, request: pytest.FixtureRequest, url: str) -> str:
+    if pooler is None or TIER not in request.path.parents or request.node.get_closest_marker("direct"):
+        return url
+    return pooler.warmed(url)
 
 
 @pytest.fixture
 def db(database_url: str) -> Iterator[psycopg.Connection[TupleRow]]:
-    """An autocommit connection to `database_url`."""
-    with connect(database_url, application_name="test") as connection:
+    """An autocommit connection to the database of `database_url`."""
+    with connect(direct(database_url), application_name="test") as connection:
         yield connection
 
 
 @pytest_asyncio.fixture
 async def adb(database_url: str) -> AsyncIterator[psycopg.AsyncConnection[TupleRow]]:
-    """An asynchronous autocommit connection to `database_url`."""
-    async with await connect_async(database_url, application_name="test") as connection:
+    """An asynchronous autocommit connection to the database of `database_url`."""
+    async with await connect_async(direct(database_url), application_name="test") as connection:
         yield connection
