@@ -354,7 +354,9 @@ def _wait(state: tenacity.RetryCallState) -> float:
 def _report_loss(state: tenacity.RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
     level = logging.WARNING if state.attempt_number == 1 else logging.DEBUG
-    logger.log(level, "the database cannot be reached, trying again: %s", error)
+    full = error is not None and is_full(error)
+    what = "has no connection left for this process" if full else "cannot be reached"
+    logger.log(level, "the database %s, trying again: %s", what, " ".join(str(error).split()))
 
 
 def _report_recovery(retrying: tenacity.BaseRetrying) -> None:

@@ -20,6 +20,9 @@ from outbox.database import PREPARE_AFTER, parameters
 
 TEST_SECONDS = 5.0
 """After this long a connection is tested by a round trip again: a silent network closes nothing."""
+AGAIN_SECONDS = 3.0
+"""A pool that cannot connect waits twice as long after each attempt. After so long it begins anew, for those who wait: the
+database may have been full for minutes, and is to be found at once when it has room."""
 
 
 def pool(
@@ -60,6 +63,10 @@ def pool(
             created.check()  # the pool waits longer after each broken one: let it meet no other
             raise
 
+    def begin_anew(failed: ConnectionPool[Any]) -> None:
+        if failed.get_stats()["requests_waiting"]:
+            failed.check()
+
     created = ConnectionPool(
         parameters(url, application_name),
         kwargs={"autocommit": True, "prepare_threshold": PREPARE_AFTER},
@@ -69,6 +76,8 @@ def pool(
         min_size=0,
         max_size=max_size,
         timeout=wait_seconds,
+        reconnect_timeout=AGAIN_SECONDS,
+        reconnect_failed=begin_anew,
         name=application_name,
         open=False,
     )
@@ -108,6 +117,10 @@ def async_pool(
             await created.check()
             raise
 
+    async def begin_anew(failed: AsyncConnectionPool[Any]) -> None:
+        if failed.get_stats()["requests_waiting"]:
+            await failed.check()
+
     created = AsyncConnectionPool(
         parameters(url, application_name),
         kwargs={"autocommit": True, "prepare_threshold": PREPARE_AFTER},
@@ -117,6 +130,8 @@ def async_pool(
         min_size=0,
         max_size=max_size,
         timeout=wait_seconds,
+        reconnect_timeout=AGAIN_SECONDS,
+        reconnect_failed=begin_anew,
         name=application_name,
         open=False,
     )

@@ -23,7 +23,7 @@ import psycopg
 import tenacity
 from psycopg.errors import DeadlockDetected, SerializationFailure
 from psycopg.rows import TupleRow
-from psycopg_pool import AsyncConnectionPool, ConnectionPool
+from psycopg_pool import AsyncConnectionPool, ConnectionPool, PoolTimeout
 
 from outbox import database, pools, schema, sessions
 from outbox.errors import ConfigError
@@ -89,12 +89,20 @@ class Runner:
             pool.close()
 
     def _once(self, statement: Statement[T]) -> T:
-        with self._opened().connection() as connection:
+        pool, connection = self._borrowed()
+        try:
             return _execute(connection, statement)
+        finally:
+            pool.putconn(connection)
 
     def _borrowed(self) -> tuple[Pool, psycopg.Connection[TupleRow]]:
         pool = self._opened()
-        return pool, pool.getconn()
+        try:
+            return pool, pool.getconn()
+        except PoolTimeout:
+            # A pool only says that it has waited; a connection of its own says why, where that is the database's doing.
+            database.connect(database.url_of(self.settings), application_name=APPLICATION_NAME).close()
+            raise PoolTimeout(_all_in_use(self.settings)) from None
 
     def _opened(self) -> Pool:
         with self._lock:
@@ -139,12 +147,20 @@ class AsyncRunner:
             await pool.close()
 
     async def _once(self, statement: Statement[T]) -> T:
-        async with (await self._opened()).connection() as connection:
+        pool, connection = await self._borrowed()
+        try:
             return await _execute_async(connection, statement)
+        finally:
+            await pool.putconn(connection)
 
     async def _borrowed(self) -> tuple[AsyncPool, psycopg.AsyncConnection[TupleRow]]:
         pool = await self._opened()
-        return pool, await pool.getconn()
+        try:
+            return pool, await pool.getconn()
+        except PoolTimeout:
+            url = database.url_of(self.settings)
+            await (await database.connect_async(url, application_name=APPLICATION_NAME)).close()
+            raise PoolTimeout(_all_in_use(self.settings)) from None
 
     async def _opened(self) -> AsyncPool:
         loop = asyncio.get_running_loop()
@@ -187,6 +203,13 @@ async def _new_async_pool(settings: Settings) -> AsyncPool:
     )
     await pool.open()
     return pool
+
+
+def _all_in_use(settings: Settings) -> str:
+    return (
+        f"all {settings.connections} connections of this client have been in use for {POOL_WAIT_SECONDS:g} s; "
+        "allow it more (STEPWELL_CONNECTIONS)"
+    )
 
 
 def _execute(connection: psycopg.Connection[TupleRow], statement: Statement[T]) -> T:

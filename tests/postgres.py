@@ -44,9 +44,9 @@ SETTINGS = {
 class Cluster:
     """One Postgres server under the control of a test."""
 
-    def __init__(self, version: int, home: Path) -> None:
+    def __init__(self, version: int, home: Path, **settings: str) -> None:
         self.version = version
-        self.server = embedded.Server(home, binaries(version), SETTINGS)
+        self.server = embedded.Server(home, binaries(version), {**SETTINGS, **settings})
         self._numbers = itertools.count(1)
 
     @property
@@ -138,12 +138,12 @@ class Cluster:
 
 
 @contextmanager
-def running(version: int) -> Iterator[Cluster]:
-    """Yield a started cluster of that major version, without a database of ours in it."""
+def running(version: int, **settings: str) -> Iterator[Cluster]:
+    """Yield a started cluster of that major version, without a database of ours in it. `settings` are the server's."""
     _remove_left_behind()
     home = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=places()[0]))
     home.chmod(0o755)  # the account that runs Postgres for root passes through
-    cluster = Cluster(version, home)
+    cluster = Cluster(version, home, **settings)
     try:
         cluster.start()
         yield cluster

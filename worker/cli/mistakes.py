@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import psycopg
 
+from outbox.database import is_full
 from outbox.errors import ResultTimeout, RunBlocked, RunCancelled, RunConflict, RunFailed, StepwellError
 
 FAILED = 1
@@ -45,6 +46,12 @@ def told(error: Exception) -> Told | None:
             said = error.diag.message_primary or one_line(error)
             return Told(
                 f"this database role may not do that ({said}); grant it one of Stepwell's roles", FAILED
+            )
+        case psycopg.OperationalError() if is_full(error):
+            return Told(
+                f"the database has no connection left ({one_line(error)}); try again, or allow it more: docs/operations.md "
+                "counts what workers and clients take",
+                FAILED,
             )
         case psycopg.OperationalError():  # cannot be reached, refuses, restarts, is out of something
             return Told(f"the database cannot be used: {one_line(error)}", FAILED)
