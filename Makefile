@@ -13,7 +13,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup demo test versions pgbouncer slow nightly crash mutations chaos bench bench-smoke bench-peers audit \
+.PHONY: help setup demo test versions pgbouncer slow nightly crash mutations chaos drill bench bench-smoke bench-peers audit \
 	deploy-check lock lint types layers format migration
 
 help: ## Show the targets
@@ -70,6 +70,9 @@ mutations: setup ## Turn off one guard after the other, and see that a test noti
 
 chaos: setup ## Let everything go wrong under a mixed load, MINUTES=10 long, SEED=… says how
 	$(BIN)/python -m tests.crash.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+drill: setup ## Kill the primary of a Patroni cluster under load and print the ledger; ARGS='--rounds 5 --asynchronous'
+	$(BIN)/python -m tests.crash.drill $(ARGS)
 
 BENCH_STAMP := .venv/.installed-bench
 

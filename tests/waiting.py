@@ -13,13 +13,18 @@ T = TypeVar("T")
 EVERY_SECONDS = 0.02
 
 
-def wait_until(condition: Callable[[], T], timeout: float = 30.0, *, what: str = "") -> T:
-    """Return the first truthy answer of `condition`; fail the test when `timeout` seconds bring none."""
+def wait_until(
+    condition: Callable[[], T], timeout: float = 30.0, *, what: str = "", every: float = EVERY_SECONDS
+) -> T:
+    """Return the first truthy answer of `condition`; fail the test when `timeout` seconds bring none.
+
+    It is asked again `every` so many seconds: more seldom where asking costs something.
+    """
     deadline = time.monotonic() + timeout
     while not (answer := condition()):
         if time.monotonic() >= deadline:
             raise AssertionError(_complaint(condition, timeout, what, answer))
-        time.sleep(EVERY_SECONDS)
+        time.sleep(every)
     return answer
 
 
