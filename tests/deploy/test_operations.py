@@ -37,6 +37,9 @@ def test_the_sessions_are_those_that_were_counted() -> None:
     assert f"| its `--metrics-port` | {exporter} |" in TEXT
     assert f"| each worker process | {engine}: " in TEXT
     assert f"up to {pool} (`STEPWELL_CONNECTIONS`)" in TEXT
+    assert f"a worker process: {connections.DESCRIPTORS}, a session each" in TEXT
+    files, each = connections.SUPERVISOR_DESCRIPTORS, connections.FOR_EACH_CHILD
+    assert f"a supervisor: {files}, {each} for each worker process" in TEXT
     plain = 10 * (supervisor + exporter + 2 * engine)
     assert f"= {plain} sessions, and {plain + 10 * 2 * pool} if" in TEXT
 

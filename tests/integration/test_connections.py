@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.crash.fleet import parent_of
 from tests.integration.supervising import Db
 from tests.security.members import member_of
 from tests.waiting import wait_until
+
+pytestmark = pytest.mark.direct("it counts the sessions of each worker by their names")
 
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 2
@@ -26,6 +29,10 @@ SUPERVISOR = 2
 EXPORTER = 1
 ENGINE = 3
 """For each process: one to claim, one that listens, and from the first flush on one to commit."""
+DESCRIPTORS = 20
+"""What a worker process has open at the most beside its sessions."""
+SUPERVISOR_DESCRIPTORS, FOR_EACH_CHILD = 12, 2
+"""What a supervisor has open at the most, its sessions among it."""
 
 APP = """
 import psycopg
@@ -92,20 +99,51 @@ def supervisors(db: Db) -> int:
     return sum(count for name, count in sessions(db).items() if not re.fullmatch(r"stepwell \d+", name))
 
 
-def most(db: Db, workflow: str) -> tuple[int, list[int]]:
-    """Run many at once, and as many without transactions; return the most sessions of the supervisor with its exporter, and of each worker process."""
+def descriptors(pid: int) -> int:
+    """Return how many files a process has open."""
+    with suppress(FileNotFoundError):
+        return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    return 0
+
+
+class Most:
+    """The most that was seen at once: sessions of the supervisor with its exporter, of each worker process, and open files."""
+
+    def __init__(self) -> None:
+        self.sessions: Counter[str] = Counter()
+        self.worker_files = self.supervisor_files = 0
+
+    def see(self, db: Db) -> None:
+        self.sessions.update(
+            {name: max(0, count - self.sessions[name]) for name, count in sessions(db).items()}
+        )
+        for (pid,) in db.execute("select pid from stepwell.workers where dead_at is null").fetchall():
+            self.worker_files = max(self.worker_files, descriptors(pid))
+            with suppress(OSError):
+                self.supervisor_files = max(self.supervisor_files, descriptors(parent_of(pid)))
+
+    @property
+    def workers(self) -> list[int]:
+        return [count for name, count in self.sessions.items() if re.fullmatch(r"stepwell \d+", name)]
+
+    @property
+    def supervisor(self) -> int:
+        return sum(self.sessions.values()) - sum(self.workers)
+
+
+def most(db: Db, workflow: str) -> Most:
+    """Run many at once, and as many without transactions; return the most that was seen."""
     statement = "select stepwell.enqueue(name) from generate_series(1, %s), unnest(%s::text[]) name"
     db.execute(statement, [RUNS, [workflow, "asynchronous"]])
-    seen: Counter[str] = Counter()
+    seen = Most()
 
     def done() -> bool:
-        seen.update({name: max(0, count - seen[name]) for name, count in sessions(db).items()})
+        seen.see(db)
         row = db.execute("select count(*) from stepwell.runs where state = 'open'").fetchone()
         return row == (0,)
 
     wait_until(done, 120, what=f"{RUNS} runs of {workflow}")
-    workers = [count for name, count in seen.items() if re.fullmatch(r"stepwell \d+", name)]
-    return sum(seen.values()) - sum(workers), workers
+    return seen
 
 
 @pytest.mark.parametrize(
@@ -119,19 +157,21 @@ def test_sessions_depend_on_processes_and_libraries_and_not_on_concurrency(
             lambda: len([n for n in sessions(db) if n[-1].isdigit() and "supervisor" not in n]) == PROCESSES
         )
         wait_until(lambda: supervisors(db) >= SUPERVISOR + EXPORTER)  # which connects at leisure
-        supervisor, workers = most(db, workflow)
-    assert supervisor == SUPERVISOR + EXPORTER
+        seen = most(db, workflow)
+    assert seen.supervisor == SUPERVISOR + EXPORTER
     # A process that the others leave nothing to flush opens no session for it.
-    assert len(workers) == PROCESSES
-    assert max(workers) == ENGINE + libraries * POOL
+    assert len(seen.workers) == PROCESSES
+    assert max(seen.workers) == ENGINE + libraries * POOL
+    assert 0 < seen.worker_files <= DESCRIPTORS + max(seen.workers)
+    assert 0 < seen.supervisor_files <= SUPERVISOR_DESCRIPTORS + FOR_EACH_CHILD * PROCESSES
 
 
 def test_without_metrics_nobody_exports(db: Db, database_url: str, tmp_path: Path) -> None:
     with worker(database_url, tmp_path):
         wait_until(lambda: supervisors(db) >= SUPERVISOR)
-        supervisor, workers = most(db, "asynchronous")
-    assert supervisor == SUPERVISOR
-    assert max(workers) == ENGINE
+        seen = most(db, "asynchronous")
+    assert seen.supervisor == SUPERVISOR
+    assert max(seen.workers) == ENGINE
 
 
 def test_workers_wait_while_the_database_has_no_session_left_for_them(
