@@ -263,8 +263,8 @@ def _is_misread(given: dict[str, Any]) -> bool:
 def is_disconnect(error: BaseException) -> bool:
     """Tell whether `error` means that the connection is gone or cannot be had, so that a new one may do.
 
-    True for a broken connection, a server that shuts down, crashes, starts up, or has no slot left, and
-    a host that cannot be reached. False for a refusal that waiting does not cure (wrong password, no such
+    True for a broken connection, a server that shuts down, crashes, starts up, or has no slot left, a host that
+    cannot be reached, and answers that nobody has asked for: a pooler hands on what the server said when it went. False for a refusal that waiting does not cure (wrong password, no such
     database) and for every error of a statement. Looks through SQLAlchemy's wrapper.
     """
     original = getattr(error, "orig", None)
@@ -275,6 +275,8 @@ def is_disconnect(error: BaseException) -> bool:
     if error.sqlstate is not None:
         ended = error.diag.severity_nonlocalized in ("FATAL", "PANIC")  # either ends the session
         return ended or error.sqlstate.startswith("08") or error.sqlstate in _DISCONNECT_STATES
+    if isinstance(error, psycopg.InternalError):
+        return True  # without a SQLSTATE it is psycopg that does not understand what it hears
     return isinstance(error, psycopg.OperationalError) and _REFUSALS.search(str(error)) is None
 
 

@@ -215,6 +215,9 @@ def _all_in_use(settings: Settings) -> str:
 def _execute(connection: psycopg.Connection[TupleRow], statement: Statement[T]) -> T:
     try:
         return execute(connection, statement)
+    except psycopg.InternalError:
+        connection.close()  # who answers what was not asked cannot be asked again
+        raise
     except _CONFLICTS:
         result: T = tenacity.Retrying(**_REPEATING)(execute, connection, statement)
         return result
@@ -223,6 +226,9 @@ def _execute(connection: psycopg.Connection[TupleRow], statement: Statement[T]) 
 async def _execute_async(connection: psycopg.AsyncConnection[TupleRow], statement: Statement[T]) -> T:
     try:
         return await execute_async(connection, statement)
+    except psycopg.InternalError:
+        await connection.close()
+        raise
     except _CONFLICTS:
         result: T = await tenacity.AsyncRetrying(**_REPEATING)(execute_async, connection, statement)
         return result

@@ -259,9 +259,8 @@ RESENDS = [
     ),
     mutant(
         "verbatim resend (I10)", "taken for applied", COMMITTER,
-        "if is_bad_data(error) or is_disconnect(error):\n                        raise",
-        "if is_disconnect(error):\n                        return [2] * len(writings)\n"
-        "                    if is_bad_data(error):\n                        raise",
+        "                        await self.close()\n                        raise\n",
+        "                        await self.close()\n                        return [2] * len(writings)\n",
         *integration("engine_commits", "a_flush_whose_backend_dies_is_resent"),
     ),
     mutant(
@@ -334,7 +333,7 @@ BISECTION = [
     ),
     mutant(
         "bisection (I16)", "sent again as it is", COMMITTER,
-        "if is_bad_data(error) or is_disconnect(error):", "if is_disconnect(error):",
+        "                    if is_bad_data(error):\n                        raise\n", "",
         *integration("engine_commits", "a_value_that_is_no_json_spoils_its_own_run_only"),
     ),
 ]  # fmt: skip

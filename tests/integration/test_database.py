@@ -212,10 +212,15 @@ def test_a_refusal_is_not_a_disconnect(cluster: Cluster) -> None:
         "do $$ begin raise serialization_failure; end $$",
         "do $$ begin raise deadlock_detected; end $$",
         "do $$ begin raise disk_full; end $$",
+        "do $$ begin raise internal_error; end $$",
     ],
 )
 def test_an_error_of_a_statement_is_not_a_disconnect(db: Connection, statement: str) -> None:
     assert not is_disconnect(error_of(lambda: db.execute(statement.encode())))
+
+
+def test_an_answer_that_nobody_has_asked_for_is_a_disconnect() -> None:
+    assert is_disconnect(psycopg.InternalError("received 2 results from command 'BEGIN'"))
 
 
 def test_other_errors_are_not_disconnects(database_url: str) -> None:

@@ -283,7 +283,10 @@ class Claimant:
                     answered = cursor.pgresult is not None and cursor.pgresult.nfields
                     return await cursor.fetchall() if answered else []
                 except psycopg.Error as error:
-                    if is_disconnect(error) or not is_transient(error):
+                    if is_disconnect(error):
+                        await self.close()
+                        raise
+                    if not is_transient(error):
                         raise
                     said = error.diag.message_primary  # the rest of the error may quote parameters
                     logger.warning("statement %s is refused and will be sent again: %s", name, said)

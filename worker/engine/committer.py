@@ -157,7 +157,10 @@ class Committer:
                     cursor = await self._connection.execute(statement, parameters, prepare=True, binary=True)
                     row = await cursor.fetchone()
                 except psycopg.Error as error:
-                    if is_bad_data(error) or is_disconnect(error):
+                    if is_disconnect(error):
+                        await self.close()
+                        raise
+                    if is_bad_data(error):
                         raise
                     await self._wait_after(error, len(writings))
                 else:
