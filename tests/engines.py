@@ -27,6 +27,7 @@ from tests.waiting import wait_until_async
 from worker.definitions import Registry, Workflow
 from worker.engine.engine import Engine
 from worker.engine.transitions import Writing
+from worker.queries import load
 
 T = TypeVar("T")
 
@@ -236,11 +237,8 @@ class Lab:
             pass
 
     async def backends(self, worker_id: int) -> list[int]:
-        rows = await self.execute(
-            "select pid from pg_stat_activity where application_name = %s and datname = current_database()",
-            [f"stepwell {worker_id}"],
-        )
-        return [row[0] for row in rows]
+        """Return the backends of a worker; behind a pooler those only that are in a transaction of its."""
+        return [pid for pid, _ in await self.execute(load("backends"), {"worker": worker_id})]
 
     async def terminate(self, worker_id: int) -> None:
         """End all backends of a worker, and wait until they are gone."""

@@ -15,6 +15,7 @@ import pytest_asyncio
 from outbox.errors import PayloadError, RunFailed
 from tests.effects import Gate, Ledger
 from tests.engines import Lab, parking
+from tests.pooler import direct
 from tests.waiting import wait_until_async
 from worker import continue_as, current_step, first, gather, sleep, start, step, wait_signal, workflow
 from worker.definitions import Registry, Workflow, collecting
@@ -31,7 +32,7 @@ async def lab(database_url: str) -> AsyncIterator[Lab]:
 
 def replays_alike(lab: Lab, run: UUID, flow: Workflow[..., Any]) -> None:
     """Assert that a body can be driven through what is recorded of a run."""
-    with psycopg.connect(lab.url) as connection:
+    with psycopg.connect(direct(lab.url)) as connection:
         (recorded,) = from_database(connection, ids=[run])
     assert rehearse(recorded, flow) is None
 

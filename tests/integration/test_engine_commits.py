@@ -77,8 +77,8 @@ async def committer_waits(lab: Lab, engine: Running, backends: int = 1, *, but_n
 
     async def waiting() -> list[int] | None:
         rows = await lab.execute(
-            "select pid from pg_stat_activity where application_name = %s and wait_event_type = 'Lock'",
-            [f"stepwell {engine.id}"],
+            "select pid from pg_stat_activity where pid = any (%s) and wait_event_type = 'Lock'",
+            [await lab.backends(engine.id)],
         )
         pids = [row[0] for row in rows]
         return pids if len(pids) == backends and but_not not in pids else None

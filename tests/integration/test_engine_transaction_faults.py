@@ -70,6 +70,7 @@ async def test_a_constraint_that_is_checked_at_commit_fails_the_step(lab: Lab, k
     assert await lab.history(run) == [("1", 1, "failed"), ("1", 0, "failed")]
 
 
+@pytest.mark.direct("PgBouncer takes no options of an address")
 @pytest.mark.parametrize("kind", SYNC_AND_ASYNC)
 async def test_a_serialization_failure_repeats_the_execution(lab: Lab, kind: str) -> None:
     await lab.execute("create table stock (n int)")
@@ -325,6 +326,7 @@ async def test_a_stale_transaction_is_refused_and_rolled_back(
     assert await notes(lab) == ["x"]
 
 
+@pytest.mark.direct("it counts repeats, and a pooler has the first one wait for the server")
 @pytest.mark.parametrize("kind", ["sqlalchemy.Session", "sqlalchemy.AsyncSession"])
 async def test_a_long_outage_is_waited_for_and_is_no_failure_of_the_step(
     lab: Lab, cluster: Cluster, kind: str, monkeypatch: pytest.MonkeyPatch

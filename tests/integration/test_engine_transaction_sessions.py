@@ -19,6 +19,8 @@ from worker import current_step, transaction, workflow
 from worker.definitions import collecting
 from worker.supervision.liveness import end_backends
 
+pytestmark = pytest.mark.direct("a session is used again; test_pooler.py does the same to those of a pooler")
+
 SPOILING = (
     "set application_name = 'a service'",
     "set search_path = pg_temp",

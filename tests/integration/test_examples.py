@@ -24,6 +24,7 @@ from click.testing import CliRunner
 
 import worker
 from outbox import Run, RunBlocked, RunCancelled, RunFailed
+from tests.pooler import direct
 from tests.waiting import wait_until
 from worker import patched, sleep, step, workflow
 from worker.cli import main
@@ -588,7 +589,7 @@ class Terminal:
     def __init__(self, url: str, home: Path) -> None:
         self.output = home / "workers.log"
         self._log = self.output.open("wb")
-        self._db = psycopg.connect(url, autocommit=True)
+        self._db = psycopg.connect(direct(url), autocommit=True)
         self._workers: list[subprocess.Popen[bytes]] = []
         self._run = "RUN"
         self._environment = {

@@ -21,6 +21,8 @@ from worker.queries import load
 from worker.supervision import liveness
 from worker.supervision.liveness import Detector, Sighting, Undertaker, reclaim, sightings
 
+pytestmark = pytest.mark.direct("sessions of workers are simulated, and known by their names")
+
 Db = psycopg.Connection[TupleRow]
 Adb = psycopg.AsyncConnection[TupleRow]
 

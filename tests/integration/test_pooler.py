@@ -37,6 +37,8 @@ from worker.supervision.liveness import end_backends, reclaim
 from worker.supervision.supervisor import Supervisor
 from worker.telemetry import exporter as exporting
 from worker.telemetry.exporter import DatabaseMetrics
+from worker.testing import StepwellTest
+from worker.testing.servers import Server
 
 Db = psycopg.Connection[TupleRow]
 
@@ -167,6 +169,13 @@ def advisory_locks(db: Db) -> int:
     ).fetchone()
     assert row is not None
     return int(row[0])
+
+
+def test_the_testing_kit_asks_for_the_database_itself(through: str) -> None:
+    with pytest.raises(ConfigError, match="leads through a connection pooler"):
+        StepwellTest(through)
+    with pytest.raises(ConfigError, match="leads through a connection pooler"), Server(through):
+        pass
 
 
 # -- engines -----------------------------------------------------------------------------------------

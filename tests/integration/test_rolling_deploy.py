@@ -20,6 +20,7 @@ import pytest
 from psycopg.rows import TupleRow
 
 from outbox import Client
+from tests.pooler import direct
 from tests.postgres import Cluster
 from tests.waiting import wait_until
 
@@ -88,7 +89,7 @@ class Site:
 
     def __init__(self, url: str, home: Path) -> None:
         self.url, self.home = url, home
-        self.db: Db = psycopg.connect(url, autocommit=True)
+        self.db: Db = psycopg.connect(direct(url), autocommit=True)
         self._workers: list[subprocess.Popen[bytes]] = []
         self.environment = {**os.environ, "STEPWELL_DATABASE_URL": url, "PYTHONPATH": str(ROOT)}
 

@@ -29,6 +29,8 @@ from tests.integration.supervising import (
 from tests.postgres import Cluster
 from worker.supervision import children, supervisor
 
+pytestmark = pytest.mark.direct("supervisors hold locks; test_pooler.py has those that cannot")
+
 # -- children ----------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,8 @@ from worker import NOT_DONE, current_step, retrying, sleep, step, transaction, w
 from worker.definitions import Registry, Step, collecting
 from worker.testing import StepwellTest
 
+pytestmark = pytest.mark.direct("the kit refuses a pooler: its database is a test's own")
+
 effects: Counter[str] = Counter()
 keys: set[str] = set()
 

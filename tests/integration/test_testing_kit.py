@@ -28,6 +28,8 @@ from worker import now, retrying, sleep, sleep_until, step, workflow
 from worker.definitions import Registry, collecting
 from worker.testing import NotIdle, StepwellTest
 
+pytestmark = pytest.mark.direct("the kit refuses a pooler: its database is a test's own")
+
 calls: list[str] = []
 luck = Random(1)
 patience = [600.0]

@@ -42,6 +42,7 @@ from worker.testing import accounts
 from worker.testing.clients import LookingClient
 from worker.testing.crashes import Crash, Moment
 from worker.testing.inline import STOP_SECONDS, InlineWorker, LoopThread, reclaimed
+from worker.testing.servers import require_session
 
 R = TypeVar("R", default=Any)
 
@@ -105,6 +106,7 @@ class StepwellTest:
         self._loop: LoopThread | None = None
         self._connection: psycopg.Connection[TupleRow] | None = None
         self._own = connect(url, application_name="stepwell testing")
+        require_session(self._own)
 
     def __enter__(self) -> Self:
         return self

@@ -109,11 +109,7 @@ class Server:
             self._connection = None
         if self._connection is None:
             self._connection = connect(self.url, application_name=f"stepwell testing {self._session}")
-            if is_pooled(self._connection):
-                raise ConfigError(
-                    "the tests' database URL leads through a connection pooler, where a session keeps neither its name nor "
-                    "its databases; give them the address of the database itself"
-                )
+            require_session(self._connection)
         cursor = self._connection.execute(statement)
         return cursor.fetchall() if cursor.description else []
 
@@ -124,6 +120,16 @@ class Server:
         except psycopg.OperationalError:
             return False
         return True
+
+
+def require_session(connection: psycopg.Connection[Any]) -> None:
+    """Close a connection whose session is not its own and raise ConfigError: tests go by names and locks of sessions."""
+    if is_pooled(connection):
+        connection.close()
+        raise ConfigError(
+            "the tests' database URL leads through a connection pooler, which lends sessions; give the tests the address "
+            "of the database itself"
+        )
 
 
 @contextmanager
