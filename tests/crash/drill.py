@@ -40,6 +40,7 @@ from outbox.database import connect
 from tests.crash import checker
 from tests.crash.chaos_flows import PLANS, SHARES
 from tests.crash.checker import Verdict
+from tests.crash.faults import FENCED
 from tests.crash.fleet import ROOT, Fleet
 from tests.crash.ledger import Fact, Ledger
 from tests.crash.patroni import FAILED_OVER_SECONDS, HighlyAvailable, Replication, Unavailable, held_back
@@ -53,6 +54,8 @@ STEADY = 40
 """So many enqueues are acknowledged, and so many steps completed, between two rounds."""
 END_SECONDS = 300.0
 BEGUN_SECONDS = 3.0
+EXAMPLES = 5
+"""So many of what is lost are told one by one where it is no surprise."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +273,7 @@ def conclude(drill: Drill) -> Account:
     for supervisor in drill.fleet.living:
         supervisor.wait(90)
     facts = drill.ledger.facts()
-    verdict = checker.check(db, facts, plans=PLANS)
+    verdict = checker.check(db, facts, plans=PLANS, fenced=fenced(drill.fleet.home))
     known = {row[0] for row in db.execute("select id from stepwell.runs").fetchall()}
     acknowledged = drill.acknowledged()
     recorded = [
@@ -290,6 +293,11 @@ def conclude(drill: Drill) -> Account:
         drill.rounds, len(acknowledged), sum(service.refused for service in drill.services),
         [each for each in acknowledged if each.run not in known], verdict, executed_again(facts), Counter(dict(reclaims)),
     )  # fmt: skip
+
+
+def fenced(home: Path) -> int:
+    """Return how many writes were refused, by what the workers have logged."""
+    return sum(log.read_text(errors="replace").count(FENCED) for log in home.glob("supervisor-*.log"))
 
 
 def silence(times: Iterable[float], around: float) -> float:
@@ -349,8 +357,9 @@ def report(account: Account, replication: Replication) -> list[str]:
         lines.append(
             "What replication had not shipped when the primary died is lost: that is what asynchronous means, and no verdict."
         )
-    lost = [f"lost: the acknowledged run {each.run} with the key {each.key}" for each in account.lost[:20]]
-    return [*lines, *lost, *verdict.complaints]
+    lost = [f"lost: the acknowledged run {each.run} with the key {each.key}" for each in account.lost]
+    complaints = [*lost, *verdict.complaints]
+    return lines + (complaints if replication.synchronous else complaints[:EXAMPLES])
 
 
 def _summary(rounds: Sequence[Round]) -> list[str]:
