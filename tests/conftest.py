@@ -74,6 +74,13 @@ def empty_database_url(
         yield _by_way_of(pooler, request, url)
 
 
+@pytest.fixture(autouse=True)
+def _quick_polls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a pooler workers are not rung for; have those that go by the environment look often."""
+    if request.config.getoption("--pgbouncer") and TIER in request.path.parents:
+        monkeypatch.setenv("STEPWELL_POLL_SECONDS", "0.1")
+
+
 def _by_way_of(pooler: Pooler | None, request: pytest.FixtureRequest, url: str) -> str:
     if pooler is None or TIER not in request.path.parents or request.node.get_closest_marker("direct"):
         return url

@@ -222,6 +222,8 @@ class Lab:
         **settings: Any,
     ) -> Running:
         """Start an engine without waiting for it; the caller has to `destroy` it."""
+        if direct(self.url) != self.url:  # behind a pooler nobody rings
+            settings.setdefault("poll_seconds", 0.1)
         return Running(self, registry, Settings(**{**SMALL, **settings}), queues, url or self.url)
 
     async def reclaim(self, worker_id: int, *, poison_after: int = 3) -> None:

@@ -656,6 +656,74 @@ MIGRATING = [
     ),
 ]  # fmt: skip
 
+POOLER = [
+    mutant(
+        "behind a pooler nothing is prepared", "as anywhere", "outbox/sessions.py",
+        '    row = connection.execute(load("session_backend"), _introduction(connection, application_name)).fetchone()\n'
+        "    if row is not None and row[0]:\n        connection.prepare_threshold = None\n",
+        '    row = connection.execute(load("session_backend"), _introduction(connection, application_name)).fetchone()\n'
+        "    if row is not None and row[0]:\n        pass\n",
+        *integration("pooler", "a_pooler_is_known_for_one_and_nothing_is_prepared_there"),
+    ),
+    mutant(
+        "behind a pooler a session bears no worker's name", "it does", "outbox/sessions.py",
+        "    name = POOLED_WORKER if _WORKER.fullmatch(application_name) else application_name\n",
+        "    name = application_name\n",
+        *integration(
+            "pooler", "no_session_of_the_pool_bears_the_name_of_a_worker",
+            "a_backend_that_serves_somebody_else_by_now_is_left_alone",
+        ),
+    ),
+    mutant(
+        "what a step sets in a pooler's session is undone with its COMMIT", "it stays", "worker/steps/transactions.py",
+        "            await sessions.give_back_async(driver)\n", "            pass\n",
+        *integration("pooler", "whatever_a_step_does_to_its_session_nobody_else_finds[psycopg.AsyncConnection]"),
+    ),
+    mutant(
+        "… and with its ROLLBACK", "a lock stays", "outbox/sessions.py",
+        "    if not is_pooled(connection):\n        await connection.rollback()\n        return\n",
+        "    if True:\n        await connection.rollback()\n        return\n",
+        *integration("pooler", "nor_what_a_step_has_done_that_failed[psycopg.AsyncConnection]"),
+    ),
+    mutant(
+        "a flush is durable whatever the role says", "as the role says", SCHEMA,
+        "has asked for (I7).\n    if current_setting('synchronous_commit') in ('off', 'local') then",
+        "has asked for (I7).\n    if false then",
+        *integration("pooler", "a_completion_is_durable_whatever_the_role_has_for_its_default[off]"),
+    ),
+    mutant(
+        "without a session the lease alone counts", "a lock that nobody could hold is missed", LIVENESS,
+        "if seen.locking and not seen.locked and", "if not seen.locked and",
+        *integration("pooler", "a_pause_of_the_pooler_kills_nobody_whose_lease_holds"),
+        *unit("watchdog", "a_worker_whose_supervisor_can_hold_no_lock_is_judged_by_its_lease"),
+    ),
+    mutant(
+        "a claim is known by a lock", "by the name of its session", SCHEMA,
+        "    perform pg_try_advisory_xact_lock_shared(-me);\n    perform 1 from workers w", "    perform 1 from workers w",
+        *integration("pooler", "a_claim_that_cannot_end_is_ended_and_nobody_elses_transaction"),
+    ),
+    mutant(
+        "who cannot be rung polls", "he asks to be rung", "worker/engine/engine.py",
+        "asks = self._doorbell.hears\n", "asks = True\n",
+        *integration("pooler", "an_idle_worker_without_a_session_of_its_own_polls_and_asks_nobody_to_ring"),
+    ),
+    mutant(
+        "of exporters without a session one exports", "all do", "worker/telemetry/exporter.py",
+        'connection.execute(load("exporter_lease"), lease).fetchone() is not None', "True",
+        *integration("pooler", "of_exporters_without_a_session_one_exports_and_the_next_follows"),
+    ),
+    mutant(
+        "an answer out of turn is a lost connection", "it is the step's failure", "outbox/database.py",
+        "    if isinstance(error, psycopg.InternalError):\n", "    if False:\n",
+        *integration("database", "an_answer_that_nobody_has_asked_for_is_a_disconnect"),
+    ),
+    mutant(
+        "a pool begins anew", "it waits twice as long each time", "outbox/pools.py",
+        "AGAIN_SECONDS = 3.0", "AGAIN_SECONDS = 300.0",
+        *integration("max_connections", "pools_find_room_as_soon_as_there_is_however_long_there_was_none"),
+    ),
+]  # fmt: skip
+
 MUTANTS = [
     *FENCE,
     *LOCKS,
@@ -669,4 +737,5 @@ MUTANTS = [
     *READING,
     *SESSIONS,
     *MIGRATING,
+    *POOLER,
 ]

@@ -50,10 +50,17 @@ class Looks:
         self.now = 1000.0
 
     def at(
-        self, beat: int, *, locked: bool, buried: bool = False, own: tuple[int, ...] = ()
+        self,
+        beat: int,
+        *,
+        locked: bool,
+        buried: bool = False,
+        own: tuple[int, ...] = (),
+        locking: bool = True,
     ) -> list[Verdict]:
         self.now += 1.0
-        return self.observer.look([Sighting(7, beat, buried, locked)], self.now, own=own)
+        seen = Sighting(7, beat, buried, locked, locking=locking)
+        return self.observer.look([seen], self.now, own=own)
 
     def until_verdict(self, most: int = 100, **seen: Any) -> tuple[int, Detector]:
         for looked in range(1, most + 1):
@@ -75,6 +82,10 @@ def test_no_beat_and_no_lock_is_a_lost_lock_after_three_seconds() -> None:
 
 def test_no_beat_under_a_held_lock_takes_the_lease() -> None:
     assert Looks().until_verdict(beat=1, locked=True) == (16, "lease")
+
+
+def test_a_worker_whose_supervisor_can_hold_no_lock_is_judged_by_its_lease() -> None:
+    assert Looks().until_verdict(beat=1, locked=False, locking=False) == (16, "lease")
 
 
 def test_the_lock_must_be_absent_throughout() -> None:
