@@ -261,6 +261,7 @@ async def test_how_a_cancellation_cut_a_step_is_recorded_though_others_are_recor
     assert executed == [("charge", 1, "2")]
 
 
+@pytest.mark.direct("it is rung for")
 async def test_an_async_step_is_interrupted_by_a_cancellation_wherever_it_is_executed(lab: Lab) -> None:
     gates = {name: Gate() for name in "ab"}
     cleaned = Ledger()

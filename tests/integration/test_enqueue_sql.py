@@ -15,6 +15,7 @@ from psycopg.rows import TupleRow
 from outbox.database import connect
 from tests import postgres
 from tests.claimant import Claimant
+from tests.pooler import direct
 from tests.postgres import Cluster
 from tests.waiting import wait_until
 
@@ -275,7 +276,7 @@ def test_cancel_answers_whether_the_run_was_open(db: Db) -> None:
 
 
 def test_a_busy_system_sends_no_notify(database_url: str, db: Db) -> None:
-    with connect(database_url, application_name="listener") as listener:
+    with connect(direct(database_url), application_name="listener") as listener:
         listener.execute("listen stepwell")
         one(db, "select stepwell.enqueue('w')")
         db.execute("insert into stepwell.doorbell values (1, 'mail', now() + interval '1 hour')")

@@ -72,7 +72,7 @@ def stepwell_registry() -> Registry:
 @pytest.fixture
 def stepwell_url(database_url: str) -> str:
     """The database is of our own cluster here, instead of the plugin's."""
-    return database_url
+    return direct(database_url)  # the testing kit's, which refuses a pooler
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from tests.engines import Lab as Engines
 from tests.engines import Running, counted, keep_house_often, until
 from tests.integration.calls import branches, completed, joined, knowing, only
 from tests.integration.supervising import QUICK, supervising
+from tests.pooler import direct
 from tests.postgres import Cluster
 from tests.protocol import (
     ALREADY,
@@ -667,7 +668,7 @@ async def test_an_outage_longer_than_the_lease_reclaims_nobody(cluster: Cluster,
         down = time.monotonic()
         await wait_until_async(lambda: time.monotonic() - down >= OUTAGE_SECONDS, 10, what="the outage")
         await asyncio.to_thread(cluster.start)
-        with connect(database_url, application_name="test") as db:
+        with connect(direct(database_url), application_name="test") as db:
             beats = "select id, beat from stepwell.workers"
             came_back: dict[int, int] = dict(db.execute(beats).fetchall())
             assert came_back.keys() == before

@@ -9,6 +9,7 @@ import psycopg
 import pytest
 
 from outbox.errors import RunCancelled, RunFailed
+from tests.pooler import direct
 from worker import Step, call, gather, sleep, step, transaction, workflow
 from worker.definitions import Registry, collecting
 from worker.testing import StepwellTest
@@ -44,7 +45,7 @@ def stepwell_registry() -> Registry:
 
 @pytest.fixture
 def stepwell_url(database_url: str) -> str:
-    return database_url
+    return direct(database_url)  # the testing kit's, which refuses a pooler
 
 
 @pytest.fixture
