@@ -76,6 +76,7 @@ def test_two_migrates_at_once_install_once(empty_database_url: str) -> None:
     assert applied == [WHOLE]
 
 
+@pytest.mark.direct("the test holds a session's lock")
 def test_migrate_waits_for_the_one_that_is_at_work(empty_database_url: str) -> None:
     applied: list[str] = []
 
@@ -98,6 +99,7 @@ def test_migrate_waits_for_the_one_that_is_at_work(empty_database_url: str) -> N
     assert applied == [WHOLE]
 
 
+@pytest.mark.direct("the test holds a session's lock")
 def test_migrate_gives_up_on_one_that_does_not_end(
     empty_database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +114,7 @@ def test_migrate_gives_up_on_one_that_does_not_end(
         assert second.execute("show lock_timeout").fetchone() == ("0",)
 
 
+@pytest.mark.direct("the test holds a session's lock")
 def test_migrate_releases_its_lock(empty_database_url: str, empty: Connection) -> None:
     schema.migrate(empty)
     with connect(empty_database_url, application_name="test") as other:
