@@ -17,7 +17,7 @@ from psycopg.rows import TupleRow
 
 from outbox.database import connect, connect_async
 from tests import postgres
-from tests.pooler import Pooler, direct
+from tests.pooler import Pooler, Unavailable, direct
 from tests.postgres import Cluster
 
 TIER = Path(__file__).parent / "integration"
@@ -56,6 +56,16 @@ def pooler(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[Pooler 
         return
     with Pooler(cluster) as started:
         yield started
+
+
+@pytest.fixture(scope="module")
+def bouncer(cluster: Cluster) -> Iterator[Pooler]:
+    """A PgBouncer for tests of what is behind one."""
+    try:
+        with Pooler(cluster) as started:
+            yield started
+    except Unavailable as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture
