@@ -20,7 +20,7 @@ import msgspec
 from outbox.codec import encode_fault
 from outbox.errors import HistoryMismatch, PayloadError
 from worker.definitions import Workflow
-from worker.engine.claimed import Claimed, with_earlier
+from worker.engine.claimed import Claimed
 from worker.engine.claims import Claim, Mail, max_passed_bytes
 from worker.engine.mailbox import Mailbox, OversizeError
 from worker.engine.means import Means
@@ -28,7 +28,7 @@ from worker.engine.reports import held, too_large
 from worker.engine.sealed import Seals, opened_input, opened_records, unopened
 from worker.engine.spreading import extras_of, held_only, settling, spread
 from worker.engine.transitions import Extra
-from worker.engine.turns import Park, Standing, Turn
+from worker.engine.turns import Park, Standing, Turn, with_earlier
 from worker.replay.decisions import Await, Block, Decision, DoStep, Settle, Sleep
 from worker.replay.driver import Replay
 from worker.replay.records import Record, began_at, visible

@@ -21,11 +21,11 @@ import msgspec
 
 from outbox.codec import encode_fault
 from worker.context import StepInfo
+from worker.engine import reports
 from worker.engine.claims import Claim
 from worker.engine.means import Means
-from worker.engine.reports import bug, ended_transaction, kind_of, log_end, log_long, refused
 from worker.engine.transitions import Documents, Receipt, Verdict, Writing, encode, receipt_of
-from worker.engine.turns import Park, Release, Standing, Turn
+from worker.engine.turns import Park, Release, Standing, Turn, with_earlier
 from worker.replay.decisions import Block, DoStep
 from worker.replay.records import Path, Record, is_undo
 from worker.retries import Retry, failures_of
@@ -33,7 +33,6 @@ from worker.steps.execution import (
     Answered,
     Call,
     CutShort,
-    NotDone,
     Outcome,
     Raised,
     TimedOut,
@@ -59,8 +58,6 @@ GIVE_BACK_SECONDS = 0.5
 """How long a run is held back from workers that it does not fit, before it is ready for all again."""
 UNWRITABLE_SECONDS = 5.0
 """How long a run waits whose very end is refused: only a person can help, and its step must not be executed again."""
-LONG_HISTORY = 10_000
-"""Each time that a run has taken so many records more, its operator is told: every wake replays all of them."""
 MAX_REPEATS = 20
 REPEAT_SECONDS = 0.05
 
@@ -111,9 +108,9 @@ class Claimed:
 
     async def _give_up(self, error: Exception) -> None:
         """Block the run after a bug of ours: given back, it would meet it again, and execute its step each time."""
-        writing = self._standing.writing(Turn(bug(error)))
-        if writing is not None:
-            await self._means.committer.commit(writing)
+        turn = Turn(reports.bug(error))
+        if (writing := self._standing.writing(turn)) is not None:
+            self._judged(await self._means.committer.commit(writing), turn, writing)
 
     async def _objected(self, block: Block) -> Turn:
         """Leave a run to workers that came later, if there are any: it may have gone on under their code."""
@@ -179,9 +176,7 @@ class Claimed:
             if writing is not None:
                 receipt = await self._means.committer.commit(writing)
                 if receipt.refused is not None and isinstance(turn.decision, Block):
-                    logger.error(
-                        "the database refuses even the end of a run", extra={"run_id": str(self.claim.run_id)}
-                    )
+                    reports.log_unwritable(self.claim.run_id)
                     await asyncio.sleep(UNWRITABLE_SECONDS)
                 if receipt.verdict is Verdict.BEHIND:
                     self._cancelling |= receipt.cancelling
@@ -196,22 +191,17 @@ class Claimed:
     def _judged(self, receipt: Receipt, turn: Turn, writing: Writing) -> Turn | None:
         """Return the same turn when it was applied and can be acted upon, else what to do instead."""
         if receipt.refused is not None:
-            return Turn(refused(receipt.refused))
+            return Turn(reports.refused(receipt.refused))
         if receipt.verdict is Verdict.FENCED:
             self._lost()
             return None
         driven = self._standing.driven
         self._standing.applied(writing)
-        longer = self._standing.driven
-        if (
-            longer >= LONG_HISTORY
-            and longer // LONG_HISTORY > max(0, driven) // LONG_HISTORY
-            and writing.end is None
-        ):
-            log_long(self.claim.run_id, self.claim.workflow, self._standing.driven)
-        if writing.end is not None:
+        if writing.end is None:
+            reports.log_growth(self.claim.run_id, self.claim.workflow, driven, self._standing.driven)
+        else:
             metrics.run_seconds(self.claim.workflow).observe(self._standing.seconds())
-            log_end(self.claim.run_id, self.claim.workflow, writing.end)
+            reports.log_end(self.claim.run_id, self.claim.workflow, writing.end)
         self.parked = writing.transition.then == "park"
         if writing.transition.then != "move":
             return None
@@ -280,20 +270,12 @@ class Claimed:
     def _outcome(self, step: DoStep) -> Awaitable[Outcome]:
         call, timeout = self._call(step), self._timeout(step)
         if step.earlier and step.step.verify is not None:
-            return self._verified(call, timeout)
+            return self._means.executor.execute_unless_done(call, timeout)
         return self._means.executor.execute(call, timeout)
 
-    async def _verified(self, call: Call, timeout: float | None) -> Outcome:
-        verified = await self._means.executor.verify(call, timeout)
-        return (
-            await self._means.executor.execute(call, timeout) if isinstance(verified, NotDone) else verified
-        )
-
     def _call(self, step: DoStep) -> Call:
-        standing = self._standing
-        info = StepInfo(
-            self.claim.run_id, step.path, len(step.earlier) + 1, standing.fence, self.claim.key_epoch
-        )
+        claim, standing = self.claim, self._standing
+        info = StepInfo(claim.run_id, step.path, len(step.earlier) + 1, standing.fence, claim.key_epoch)
         return Call(step.step, step.arguments, standing.facts, info, self._means.settings.max_payload_bytes)
 
     def _timeout(self, step: DoStep) -> float | None:
@@ -400,9 +382,9 @@ class Claimed:
             case Repeat() as repeat:
                 return self._repeated(step, repeat)
             case EndedByStep():
-                return Turn(ended_transaction(step))
+                return Turn(reports.ended_transaction(step))
             case Refused(message):
-                return Turn(refused(message))
+                return Turn(reports.refused(message))
             case _:
                 assert_never(outcome)
 
@@ -439,12 +421,7 @@ class Claimed:
             return self._failed(step, repeat.error)
         logger.info(
             "a transactional step is repeated: %s",
-            kind_of(repeat.error),
+            reports.kind_of(repeat.error),
             extra={"run_id": str(self.claim.run_id)},
         )
         return Turn(step, wait_seconds=min(HELD_WAIT_SECONDS, REPEAT_SECONDS * self._repeats), written=True)
-
-
-def with_earlier(step: DoStep, record: Record) -> DoStep:
-    """Return the execution with one more that came before it."""
-    return msgspec.structs.replace(step, earlier=(*step.earlier, record))

@@ -34,13 +34,12 @@ from psycopg import AsyncConnection
 
 from outbox import database
 from outbox.settings import Settings
-from worker.engine.advance import Advance
 from worker.engine.caretaker import Caretaker
 from worker.engine.claimed import Claimed
 from worker.engine.claims import Claim, Claimant
 from worker.engine.committer import Committer, flush_rows
 from worker.engine.doorbell import ANY_QUEUE, Doorbell
-from worker.engine.errand import Errand
+from worker.engine.intake import Intake
 from worker.engine.means import Means
 from worker.engine.sandbox import Sandbox
 from worker.engine.transitions import applied_timer, applied_wake
@@ -96,8 +95,6 @@ class Engine:
         self._supervisor_id = supervisor_id
         self._queues = list(queues)
         self._release = release
-        self._steps = {step.claimed_as: step for step in registry.steps.values()}
-        self._names = sorted({*registry.workflows, *self._steps})
         self._flying: dict[int, Claimed] = {}
         self._starting: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -120,20 +117,16 @@ class Engine:
         self._doorbell = Doorbell(
             database.direct_url(settings, url), worker_id, self._queues, self._rung, self._cancellation_rung
         )
-        self._caretaker = Caretaker(
-            self._claimant,
-            self._committer,
-            self._queues,
-            self._names,
-            self._held,
-            self._changed.set,
-            self._cancel,
-            is_rung_for=lambda: self._doorbell.hears,
-        )
-        self._means = Means(
+        means = Means(
             self._committer, self._executor, self._transactions, settings, Sandbox(),
             leaving=lambda: self._draining or self._alone,
             reader=self._claimant,
+        )  # fmt: skip
+        self._intake = Intake(self._claimant, registry, means)
+        self._names = self._intake.names
+        self._caretaker = Caretaker(
+            self._claimant, self._committer, self._queues, self._names, self._held, self._changed.set, self._cancel,
+            is_rung_for=lambda: self._doorbell.hears,
         )  # fmt: skip
 
     # -- lifecycle
@@ -301,26 +294,14 @@ class Engine:
     async def _start(self, claims: Sequence[Claim]) -> None:
         if not claims:
             return
-        now = time.monotonic()
         metrics.CLAIMS.inc(len(claims))
         # Held from here on, or the audit would take them for strays while their histories are read.
         self._starting = {claim.task for claim in claims}
-        runs = [claim for claim in claims if claim.kind == "run"]
-        known = [claim for claim in runs if claim.seq > 0]
-        histories = await self._claimant.histories(known) if known else {}
-        addressed = [claim.run_id for claim in runs if claim.signals]
-        mail = await self._claimant.mail(addressed) if addressed else {}
-        for claim in runs:
-            history = histories.get(claim.run_id, [])
-            workflow = self._registry.workflows[claim.name]
-            self._take_off(Advance(claim, workflow, history, mail.get(claim.run_id, ()), self._means, now))
         for claim in claims:
-            if claim.kind == "step":
-                known_before = claim.attempt > 1 or claim.epoch > claim.base_epoch
-                past = await self._claimant.step_history(claim) if known_before else []
-                self._take_off(Errand(claim, self._steps[claim.name], past, self._means, now))
-            elif claim.kind != "run":
+            if claim.kind not in ("run", "step"):
                 self._spawn(self._apply(claim)).add_done_callback(self._tasks.discard)
+        async for claimed in self._intake.taken(claims):
+            self._take_off(claimed)
         self._starting = set()
         self._count_slots()
 

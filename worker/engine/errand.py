@@ -14,12 +14,12 @@ import msgspec
 from outbox.codec import fingerprint
 from outbox.errors import PayloadError
 from worker.definitions import Step
-from worker.engine.claimed import Claimed, with_earlier
+from worker.engine.claimed import Claimed
 from worker.engine.claims import Claim, max_passed_bytes
 from worker.engine.means import Means
 from worker.engine.reports import too_large
 from worker.engine.sealed import ErrandSeals, opened_arguments, opened_records, unopened
-from worker.engine.turns import Done, Hold, Park, Standing, Turn
+from worker.engine.turns import Done, Hold, Park, Standing, Turn, with_earlier
 from worker.replay.decisions import DoStep, Fail
 from worker.replay.records import Record, visible
 

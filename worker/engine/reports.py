@@ -14,6 +14,8 @@ from worker.replay.records import dotted
 
 logger = logging.getLogger(__name__)
 
+LONG_HISTORY = 10_000
+
 
 def log_end(run_id: UUID, workflow: str, end: EndRow) -> None:
     """Log an end that is not the good one, by the type of its error: the message may hold payload."""
@@ -23,14 +25,20 @@ def log_end(run_id: UUID, workflow: str, end: EndRow) -> None:
         logger.log(level, "run %s of %s %s: %s", run_id, workflow, _IS[end.state], kind)
 
 
-def log_long(run_id: UUID, workflow: str, records: int) -> None:
-    """Warn of a history that grows, before it hurts."""
-    logger.warning(
-        "run %s of %s has %d records, and every wake replays them: let it start anew with continue_as(…)",
-        run_id,
-        workflow,
-        records,
-    )
+def log_growth(run_id: UUID, workflow: str, before: int, records: int) -> None:
+    """Warn of a history that grows, before it hurts: each time that it has so many records more."""
+    if records >= LONG_HISTORY and records // LONG_HISTORY > max(0, before) // LONG_HISTORY:
+        logger.warning(
+            "run %s of %s has %d records, and every wake replays them: let it start anew with continue_as(…)",
+            run_id,
+            workflow,
+            records,
+        )
+
+
+def log_unwritable(run_id: UUID) -> None:
+    """Tell that a run cannot even be blocked."""
+    logger.error("the database refuses even the end of a run", extra={"run_id": str(run_id)})
 
 
 def kind_of(error: BaseException) -> str:

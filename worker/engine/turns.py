@@ -354,6 +354,11 @@ class Standing:
         return self._transition("finish", turn, ended=ended, end=end)
 
 
+def with_earlier(step: DoStep, record: Record) -> DoStep:
+    """Return the execution with one more that came before it."""
+    return msgspec.structs.replace(step, earlier=(*step.earlier, record))
+
+
 def _deadline_fault() -> dict[str, Any]:
     return encode_fault(DeadlineExceeded("the run's deadline has passed"))
 

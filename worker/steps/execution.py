@@ -106,6 +106,11 @@ class Executor:
         answer = await self._answer(call, call.step.function, call.step.is_async, timeout)
         return _encoded(call, answer.value) if isinstance(answer, Returned) else answer
 
+    async def execute_unless_done(self, call: Call, timeout: float | None) -> Outcome:
+        """Ask the step's `verify` first; execute it only if nothing has taken effect."""
+        verified = await self.verify(call, timeout)
+        return await self.execute(call, timeout) if isinstance(verified, NotDone) else verified
+
     async def verify(self, call: Call, timeout: float | None) -> Outcome | NotDone:
         """Ask the step's `verify` whether an earlier execution took effect, and with which result."""
         function = call.step.verify
