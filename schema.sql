@@ -67,7 +67,7 @@ create table stepwell.runs (
     detached    boolean not null default false,    -- not cancelled with its parent
     begun       boolean not null default false,    -- by itself, not called: the join that it was begun in may be over
     deadline_at timestamptz,
-    trace       text,
+    trace       text,                              -- who enqueued it: W3C traceparent, behind a space tracestate
     seed        uuid,                              -- what random() and uuid() draw from; null: the id
     epoch       int not null default 0,            -- retries, rewinds, fresh starts
     base_epoch  int not null default 0,            -- where the history begins that still counts: the last fresh start
@@ -82,6 +82,7 @@ create table stepwell.runs (
     constraint runs_workflow_named check (octet_length(workflow) between 1 and 255),
     constraint runs_priority_range check (priority between 0 and 9),
     constraint runs_input_object   check (json_typeof(input) = 'object'),
+    constraint runs_trace_short    check (octet_length(trace) <= 568),
     constraint runs_state_known    check (state in ('open', 'succeeded', 'failed', 'cancelled', 'blocked')),
     constraint runs_ends_have_time check ((state = 'open') = (finished_at is null))
 ) with (fillfactor = 60);
@@ -220,7 +221,9 @@ create table stepwell.signals (
     name    text not null,
     payload json,
     at      timestamptz not null default clock_timestamp(),
-    constraint signals_name_short check (octet_length(name) between 1 and 255)
+    trace   text,                                  -- who sent it, as in runs
+    constraint signals_name_short  check (octet_length(name) between 1 and 255),
+    constraint signals_trace_short check (octet_length(trace) <= 568)
 );
 
 alter table stepwell.signals alter column payload set storage external;
@@ -346,11 +349,26 @@ begin
 end
 $$;
 
+-- Refuse what is no W3C trace context: a traceparent, and behind a space a tracestate if there is one. A function of its
+-- own, called where there is one to check.
+create function stepwell.require_trace(trace text) returns void
+    language plpgsql immutable
+    set search_path = pg_catalog, stepwell, pg_temp
+as $$
+begin
+    if trace !~ '^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}( [ -~]+)?$'
+       or trace ~ '^(ff|..-0{32}|.{36}0{16})' or octet_length(trace) > 568 then
+        raise exception 'stepwell: trace must be a W3C traceparent (00-TRACE-SPAN-FLAGS in lower-case hex), behind a space a tracestate if there is one'
+            using errcode = '22023';
+    end if;
+end
+$$;
+
 -- Enqueue one run for each input, in the caller's transaction; answers in the order of the inputs.
 -- A key that is known already gives the id of its first run and created = false, and its input is
 -- ignored. Without a version it is the current one, without a queue the one that the workers have published. Keys are
 -- inserted in sorted order, so that two callers cannot deadlock; a READ COMMITTED caller never sees an error for a
--- conflict, stricter levels may see 40001.
+-- conflict, stricter levels may see 40001. `trace` is the W3C context in which this is done: the runs go on with its trace.
 create function stepwell.enqueue_many(
     workflow text,
     inputs   json[],
@@ -363,7 +381,8 @@ create function stepwell.enqueue_many(
     tenant   text        default null,
     labels   jsonb       default null,
     deadline interval    default null,
-    version  text        default null)
+    version  text        default null,
+    trace    text        default null)
 returns table (id uuid, created boolean)
     language plpgsql security definer
     set search_path = pg_catalog, stepwell, pg_temp
@@ -422,6 +441,9 @@ begin
         raise exception 'stepwell: labels must be a JSON object, nested 8 levels deep at most, without numbers above 1e308'
             using errcode = '22023';
     end if;
+    if enqueue_many.trace is not null then
+        perform require_trace(enqueue_many.trace);
+    end if;
     if enqueue_many.keys is not null and cardinality(enqueue_many.keys) <> many then
         raise exception 'stepwell: % inputs but % keys', many, cardinality(enqueue_many.keys) using errcode = '22023';
     end if;
@@ -455,9 +477,10 @@ begin
         end loop;
     end if;
 
-    insert into runs (id, workflow, version, queue, priority, tenant, lane, labels, input, key, deadline_at)
+    insert into runs (id, workflow, version, queue, priority, tenant, lane, labels, input, key, deadline_at, trace)
     select n.id, enqueue_many.workflow, v_version, v_queue, enqueue_many.priority, enqueue_many.tenant,
-           enqueue_many.lane, enqueue_many.labels, n.input, n.key, clock_timestamp() + enqueue_many.deadline
+           enqueue_many.lane, enqueue_many.labels, n.input, n.key, clock_timestamp() + enqueue_many.deadline,
+           enqueue_many.trace
     from unnest(ids, owners, inputs, enqueue_many.keys) with ordinality as n (id, owner, input, key, i)
     where n.id = n.owner
     order by n.i;
@@ -487,7 +510,8 @@ create function stepwell.enqueue(
     tenant   text        default null,
     labels   jsonb       default null,
     deadline interval    default null,
-    version  text        default null)
+    version  text        default null,
+    trace    text        default null)
 returns uuid
     language plpgsql security definer
     set search_path = pg_catalog, stepwell, pg_temp
@@ -498,7 +522,7 @@ begin
             enqueue.workflow, array[enqueue.input],
             case when enqueue.key is null then null else array[enqueue.key] end,
             enqueue.queue, enqueue.priority, enqueue.delay, enqueue.at, enqueue.lane, enqueue.tenant,
-            enqueue.labels, enqueue.deadline, enqueue.version) e);
+            enqueue.labels, enqueue.deadline, enqueue.version, enqueue.trace) e);
 end
 $$;
 
@@ -534,8 +558,9 @@ end
 $$;
 
 -- Send a signal to a run. It is kept until the run takes it, by wait_signal, in the order in which signals of
--- that name came; each is taken once. Answers whether the run was open.
-create function stepwell.signal(run uuid, name text, payload json default 'null') returns boolean
+-- that name came; each is taken once. Answers whether the run was open. `trace` is the W3C context in which it is sent:
+-- who takes it links to that.
+create function stepwell.signal(run uuid, name text, payload json default 'null', trace text default null) returns boolean
     language plpgsql security definer
     set search_path = pg_catalog, stepwell, pg_temp
 as $$
@@ -544,10 +569,14 @@ begin
         raise exception 'stepwell: a signal''s name must have 1 to 255 bytes and not begin with "stepwell:"'
             using errcode = '22023';
     end if;
+    if signal.trace is not null then
+        perform require_trace(signal.trace);
+    end if;
     if not exists (select from runs r where r.id = run and r.state in ('open', 'blocked')) then
         return false;
     end if;
-    insert into signals (run_id, name, payload) values (run, signal.name, coalesce(signal.payload, 'null'));
+    insert into signals (run_id, name, payload, trace)
+    values (run, signal.name, coalesce(signal.payload, 'null'), signal.trace);
     perform wake(run, 'signal', json_build_object('name', signal.name));
     return true;
 end
@@ -1652,8 +1681,8 @@ $$;
 --
 --   tasks     [{i, kind, path, name, queue, args, delay, until, wakes, held, windowed, released}]
 --             calls that become tasks of their own; held ones are readied by their window
---   children  [{i, path, workflow, version, queue, input, counted, detached, deadline, begun}]  runs that it has called,
---             or begun to wait for them later, or never
+--   children  [{i, path, workflow, version, queue, input, counted, detached, deadline, begun, trace}]  runs that it has
+--             called, or begun to wait for them later, or never; trace: the context of the call, where the claimant traces
 --   dropped   [{i, path}]  nobody waits any more for the calls at and below this path: what nobody has claimed
 --             is not executed, what somebody executes is recorded and wakes nobody; runs that were begun go on
 --   settled   [{i, path}]  wait again for those of them that somebody executes
@@ -1708,10 +1737,10 @@ begin
     perform ring(q) from unnest(rung) q;
 
     perform call_child_v1(x.task, x.run_id, d.path, d.workflow, d.version, d.queue, d.input, d.counted, d.detached, d.begun,
-                          d.deadline)
+                          d.deadline, d.trace)
     from json_to_recordset(extras -> 'children') as d (
             i int, path int[], workflow text, version text, queue text, input json, counted boolean, detached boolean,
-            begun boolean, deadline float8)
+            begun boolean, deadline float8, trace text)
     join unnest(items) x on x.i = d.i where verdicts[x.i] % 4 = 1;
 
     with adopted as (
@@ -1839,7 +1868,7 @@ $$;
 -- cancellation of its parent, or is blocked in that, does so by itself, and another one is made.
 create function stepwell.call_child_v1(
     of_task bigint, of_run uuid, at_path int[], workflow text, version text, on_queue text, input json,
-    is_counted boolean, is_detached boolean, is_begun boolean, deadline float8)
+    is_counted boolean, is_detached boolean, is_begun boolean, deadline float8, trace text)
 returns void
     language plpgsql
     set search_path = pg_catalog, stepwell, pg_temp
@@ -1888,7 +1917,7 @@ begin
     values (new_id(), call_child_v1.workflow, coalesce(call_child_v1.version, ''), coalesce(on_queue, parent.queue),
             parent.priority, parent.tenant, parent.labels, call_child_v1.input, of_key, of_run, at_path,
             coalesce(is_counted, false), coalesce(is_detached, false), coalesce(is_begun, false),
-            clock_timestamp() + make_interval(secs => call_child_v1.deadline), parent.trace)
+            clock_timestamp() + make_interval(secs => call_child_v1.deadline), coalesce(call_child_v1.trace, parent.trace))
     returning * into child;
     insert into keys (workflow, key, run_id)
     select child.workflow, child.key, child.id where child.key is not null

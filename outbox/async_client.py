@@ -70,6 +70,7 @@ class AsyncClient(AsyncRepairs):
         lane: str | None = None,
         tenant: str | None = None,
         version: str | None = None,
+        trace: str | None = None,
         tx: AsyncTransaction | None = None,
         **kwargs: Any,
     ) -> AsyncRun[R]:
@@ -85,6 +86,7 @@ class AsyncClient(AsyncRepairs):
             lane=lane,
             tenant=tenant,
             version=target.version if version is None else version,
+            trace=trace,
         )
         text_key = key_text(key)
         if target.needs_names(args):
@@ -109,6 +111,7 @@ class AsyncClient(AsyncRepairs):
         lane: str | None = None,
         tenant: str | None = None,
         version: str | None = None,
+        trace: str | None = None,
         tx: AsyncTransaction | None = None,
         chunk: int = 1000,
     ) -> AsyncIterator[AsyncRun[R]]:
@@ -124,6 +127,7 @@ class AsyncClient(AsyncRepairs):
             lane=lane,
             tenant=tenant,
             version=target.version if version is None else version,
+            trace=trace,
         )
         return self._enqueued(
             chunks_async(inputs, checked_chunk(chunk)),

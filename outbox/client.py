@@ -76,6 +76,7 @@ class Client(Repairs):
         lane: str | None = None,
         tenant: str | None = None,
         version: str | None = None,
+        trace: str | None = None,
         tx: Transaction | None = None,
         **kwargs: Any,
     ) -> Run[R]:
@@ -88,7 +89,8 @@ class Client(Repairs):
         `key`: a second run of this workflow with the same key is not created; the first one is returned and the
         new arguments are ignored. `priority`: 0 first to 9 last. `delay` (seconds or a timedelta) or `at`: when to
         start. `deadline`: how long after now the run fails with DeadlineExceeded. `version`: only workers that have this
-        version of the workflow take the run; by default that of the function, by name the one published last.
+        version of the workflow take the run; by default that of the function, by name the one published last. `trace`:
+        the W3C context that the run goes on from.
 
         Raises PayloadError for arguments that do not fit, ConfigError for options, SchemaError, UnknownWorkflow.
         """
@@ -103,6 +105,7 @@ class Client(Repairs):
             lane=lane,
             tenant=tenant,
             version=target.version if version is None else version,
+            trace=trace,
         )
         text_key = key_text(key)
         if target.needs_names(args):
@@ -127,6 +130,7 @@ class Client(Repairs):
         lane: str | None = None,
         tenant: str | None = None,
         version: str | None = None,
+        trace: str | None = None,
         tx: Transaction | None = None,
         chunk: int = 1000,
     ) -> Iterator[Run[R]]:
@@ -150,6 +154,7 @@ class Client(Repairs):
             lane=lane,
             tenant=tenant,
             version=target.version if version is None else version,
+            trace=trace,
         )
         return self._enqueued(
             chunks(inputs, checked_chunk(chunk)),

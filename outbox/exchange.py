@@ -128,11 +128,15 @@ class Following:
 # -- statements --------------------------------------------------------------------------------------
 
 
-def signal(run: UUID, name: str, payload: Any, max_bytes: int, keyring: Keyring = NO_KEYS) -> Statement[bool]:
+def signal(
+    run: UUID, name: str, payload: Any, max_bytes: int, keyring: Keyring = NO_KEYS, trace: str | None = None
+) -> Statement[bool]:
     """Send a signal; answers whether the run was open. Raises ConfigError for the name, PayloadError."""
     exchanged_name(name, "signal", ConfigError)
     text = encode(payload, where=f"the payload of signal {name!r}", max_bytes=max_bytes)
-    parameters = {"run": run, "name": name, "payload": keyring.seal(text, "signal", name)}
+    parameters = {
+        "run": run, "name": name, "payload": keyring.seal(text, "signal", name), "trace": trace,
+    }  # fmt: skip
     return Statement(load("signal"), parameters, lambda rows: bool(rows[0][0]), repeatable=False)
 
 

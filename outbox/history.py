@@ -14,6 +14,7 @@ from outbox.exchange import PROGRESS, Progress, progress_of
 from outbox.queries import load
 from outbox.sealing import NO_KEYS, Keyring
 from outbox.statements import Rows, Statement, sought_text
+from outbox.tracing import trace_id_of
 
 STATUSES = ("pending", "running", "waiting", "paused", "succeeded", "failed", "cancelled", "blocked")
 MAX_LIST = 10_000
@@ -57,6 +58,8 @@ class RunInfo:
     """how far it is, if its body says so"""
     key: str | None = None
     """by which it was enqueued; of a child it is made from its parent's"""
+    trace_id: str = ""
+    """in hex: of the trace that it goes on with, where its workers trace"""
 
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` shows."""
@@ -177,7 +180,7 @@ def not_found(run: UUID) -> RunNotFound:
 def _run_info(row: Sequence[Any], keyring: Keyring) -> RunInfo:
     (run, workflow, status, queue, priority, labels, epoch, created_at, started_at, finished_at, deadline_at,
      given, output, error, attempt, doing, due_at, task_state, claimed_by, interruptions, version, parent,
-     progress, key) = row  # fmt: skip
+     progress, key, trace) = row  # fmt: skip
     where = f"a value of run {run}"
     return RunInfo(
         id=UUID(run),
@@ -206,6 +209,7 @@ def _run_info(row: Sequence[Any], keyring: Keyring) -> RunInfo:
             None if progress is None else keyring.shown(progress, "state", PROGRESS, where=where)
         ),
         key=key,
+        trace_id=f"{trace_id_of(UUID(run), trace):032x}",
     )
 
 

@@ -16,6 +16,7 @@ from uuid import UUID
 from outbox.codec import decode, encode
 from outbox.errors import ConfigError, PayloadError, RunNotFound
 from outbox.queries import load
+from outbox.tracing import context_text
 
 T = TypeVar("T")
 
@@ -71,6 +72,7 @@ class Options:
     lane: str | None
     tenant: str | None
     version: str | None = None
+    trace: str | None = None
 
     @classmethod
     def of(
@@ -85,6 +87,7 @@ class Options:
         lane: str | None = None,
         tenant: str | None = None,
         version: str | None = None,
+        trace: str | None = None,
     ) -> Options:
         """Return the options, or raise ConfigError (PayloadError for labels) that names the one at fault."""
         if type(priority) is not int or not 0 <= priority <= 9:
@@ -107,6 +110,7 @@ class Options:
             lane=None if lane is None else name_text(lane, "the lane"),
             tenant=None if tenant is None else name_text(tenant, "the tenant"),
             version=version if not version else name_text(version, "the version"),
+            trace=None if trace is None else context_text(trace),
         )
 
 
@@ -232,6 +236,7 @@ def _enqueuing(
         "labels": options.labels,
         "deadline": options.deadline,
         "version": options.version,
+        "trace": options.trace,
     }
 
 

@@ -17,4 +17,5 @@ from stepwell.enqueue_many(
     tenant   => %(tenant)s::text,
     labels   => %(labels)s::jsonb,
     deadline => make_interval(secs => %(deadline)s::float8),
-    version  => %(version)s::text) e;
+    version  => %(version)s::text,
+    trace    => %(trace)s::text) e;

@@ -149,6 +149,19 @@ def test_the_input_can_come_from_stdin_and_the_queue_from_the_workflow(stepwell:
     assert rows == [("elsewhere", '{"times":3}'), ("elsewhere", "{}"), ("mine", "{}")]
 
 
+@pytest.mark.usefixtures("published")
+def test_runs_go_on_with_a_trace_that_is_given(stepwell: Run, db: Db, tmp_path: Path) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    (tmp_path / "waves.csv").write_text("times\n1\n2\n")
+    run = stepwell("enqueue", "welcome", LEAD, "--traceparent", trace).stdout.strip()
+    assert stepwell("enqueue", "wave", "--from", "waves.csv", "--traceparent", trace).exit_code == 0
+    assert db.execute("select distinct trace, count(*) from stepwell.runs group by 1").fetchall() == [
+        (trace, 3)
+    ]
+    shown = json.loads(stepwell("runs", "show", run, "--json").stdout)
+    assert shown["run"]["trace_id"] == trace.split("-")[1]
+
+
 MISTAKES = [
     (["welcom", LEAD], "no workflow is called 'welcom'; did you mean welcome?"),
     (["charge", LEAD], "no workflow is called 'charge'; workers have published wave, welcome"),
@@ -189,6 +202,7 @@ def test_a_mistake_is_one_sentence_with_status_2_and_nothing_is_enqueued(
         ["welcome", LEAD, "--delay", "soon"],
         ["welcome", LEAD, "--at", "tomorrow"],
         ["welcome", LEAD, "--label", "a"],
+        ["welcome", LEAD, "--traceparent", "00-1-2-01"],
         ["welcome", LEAD, "--timeout", "5"],
         ["welcome", LEAD, "--key-field", "id"],
         ["welcome", LEAD, "--from", "x.csv"],

@@ -22,6 +22,17 @@ from tests.waiting import wait_until
 Db = psycopg.Connection[TupleRow]
 
 LEAD = '{"lead": {"id": 17, "name": "Ada"}}'
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+NO_TRACES = (
+    "",
+    TRACE.upper(),
+    TRACE + "-more",
+    TRACE + "\n",
+    f"{TRACE} {'v' * 513}",
+    TRACE.replace("00-", "ff-", 1),
+    f"00-{'0' * 32}-b7ad6b7169203331-01",
+    f"00-0af7651916cd43dd8448eb211c80319c-{'0' * 16}-01",
+)
 
 
 def one(db: Db, statement: str, *parameters: Any) -> Any:
@@ -164,6 +175,8 @@ def test_ids_grow_with_time(db: Db) -> None:
         ("enqueue('w', null)", "must be a JSON object"),
         ("enqueue('w', key => repeat('é', 257))", "more than 512 bytes"),
         ("enqueue_many('w', array['{}', '{}']::json[], keys => array['k'])", "2 inputs but 1 keys"),
+        *((f"enqueue('w', trace => '{text}')", "trace must be a W3C traceparent") for text in NO_TRACES),
+        *((f"signal(stepwell.new_id(), 'go', trace => '{text}')", "trace must be") for text in NO_TRACES[:2]),
     ],
 )
 def test_an_argument_that_cannot_be_is_refused_in_one_sentence(db: Db, call: str, said: str) -> None:
@@ -171,6 +184,27 @@ def test_an_argument_that_cannot_be_is_refused_in_one_sentence(db: Db, call: str
         db.execute(f"select stepwell.{call}".encode())
     assert str(refused.value).startswith("stepwell: ")
     assert counts(db) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("trace", [TRACE, f"{TRACE} {'v' * 512}", TRACE.replace("00-", "cc-", 1)])
+def test_the_context_of_a_trace_stays_with_the_run_and_its_forks(db: Db, trace: str) -> None:
+    run = one(db, "select stepwell.enqueue('w', key => 'k', trace => %s)", trace)
+    assert one(db, "select stepwell.enqueue('w', key => 'k', trace => %s)", TRACE) == run
+    many = one(db, "select id from stepwell.enqueue_many('w', array['{}']::json[], trace => %s)", trace)
+    forked = one(db, "select stepwell.fork(%s, '{1}')", run)
+    rows = db.execute("select id, trace from stepwell.runs").fetchall()
+    assert dict(rows) == {run: trace, many: trace, forked: trace}
+    worker = Claimant(db, ("w",))
+    worker.end(worker.claim(), "failed")
+    assert one(db, "select stepwell.retry(id) from stepwell.runs where state = 'failed'") is not None
+    assert one(db, "select count(distinct trace) from stepwell.runs") == 1
+
+
+def test_the_context_of_a_trace_stays_with_the_signal(db: Db) -> None:
+    run = one(db, "select stepwell.enqueue('w')")
+    assert one(db, "select stepwell.signal(%s, 'go', '1', %s)", run, TRACE)
+    assert one(db, "select stepwell.signal(%s, 'go')", run)
+    assert db.execute("select trace from stepwell.signals order by id").fetchall() == [(TRACE,), (None,)]
 
 
 def test_malformed_json_is_refused(db: Db) -> None:

@@ -92,7 +92,7 @@ def test_a_run_as_json(client: Client, worker: Claimant) -> None:
     assert list(shown) == [
         "id", "workflow", "status", "queue", "priority", "labels", "epoch", "created_at", "started_at", "finished_at",
         "deadline_at", "input", "output", "error", "attempt", "doing", "due_at", "task_state", "claimed_by",
-        "interruptions", "version", "parent", "progress", "key",
+        "interruptions", "version", "parent", "progress", "key", "trace_id",
     ]  # fmt: skip
 
 

@@ -25,7 +25,7 @@ WORKER = {
 
 STEP_OPTIONS = "name, retry, timeout, on_crash, verify, raises, queue, undo"
 
-OPTIONS = "queue, priority, delay, at, labels, deadline, lane, tenant, version, tx"
+OPTIONS = "queue, priority, delay, at, labels, deadline, lane, tenant, version, trace, tx"
 
 CLIENT = {
     "cancel": "run, tx",

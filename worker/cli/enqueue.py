@@ -17,7 +17,7 @@ from worker.cli.connecting import Session, session
 from worker.cli.contracts import contract_for
 from worker.cli.json_text import read_json
 from worker.cli.mistakes import FAILED, Mistake, one_line
-from worker.cli.options import database_option, duration, json_option, labels, moment
+from worker.cli.options import database_option, duration, json_option, labels, moment, traceparent
 from worker.cli.rendering import print_json
 from worker.cli.row_files import Source
 
@@ -41,6 +41,13 @@ from worker.cli.row_files import Source
     callback=duration,
     metavar="TIME",
     help="Fail the run if it has not ended so long after now.",
+)
+@click.option(
+    "--traceparent",
+    "trace",
+    callback=traceparent,
+    metavar="CONTEXT",
+    help="Go on with this trace, given as W3C traceparent.",
 )
 @click.option(
     "--wait", is_flag=True, help="Wait for the end, print the output; status 1 if it does not succeed."

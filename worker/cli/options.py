@@ -10,7 +10,9 @@ from typing import Any
 
 import click
 
+from outbox.errors import ConfigError
 from outbox.settings import Settings
+from outbox.tracing import context_text
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -57,6 +59,16 @@ def moment(_ctx: click.Context, _param: click.Parameter, text: str | None) -> da
             f"{text!r} is no time: write 2026-11-22T18:00 or 2026-11-22T17:00:00Z"
         ) from None
     return found if found.tzinfo else found.astimezone()
+
+
+def traceparent(_ctx: click.Context, _param: click.Parameter, text: str | None) -> str | None:
+    """Return a W3C trace context as it is: a callback for options."""
+    try:
+        return None if text is None else context_text(text)
+    except ConfigError:
+        raise click.BadParameter(
+            f"{text!r} is no W3C traceparent: write 00-TRACE-SPAN-FLAGS in lower-case hex"
+        ) from None
 
 
 def labels(_ctx: click.Context, _param: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
