@@ -25,6 +25,7 @@ from outbox.invocations import (
     function_of,
 )
 from outbox.outcomes import outcome, pauses, timed_out
+from outbox.producing import enqueueing, enqueueing_many, signalling
 from outbox.repairing import AsyncRepairs
 from outbox.runners import AsyncRunner
 from outbox.settings import Settings
@@ -93,7 +94,10 @@ class AsyncClient(AsyncRepairs):
             schema = await self._runner.run(statements.workflow_schema(target.name, options.version), tx)
             target = target.knowing(schema)
         text = target.encode(args, kwargs, self._runner.settings.max_payload_bytes)
-        run, created = await self._runner.run(statements.enqueue(target.name, text, text_key, options), tx)
+        with enqueueing(target.name, options) as this:
+            statement = statements.enqueue(target.name, text, text_key, this.options)
+            run, created = await self._runner.run(statement, tx)
+            this.note(run, created=created)
         return AsyncRun(run, created, target.name, self, function_of(workflow))
 
     def enqueue_many(
@@ -196,7 +200,9 @@ class AsyncClient(AsyncRepairs):
     ) -> bool:
         """Send a signal to a run; return whether it was open. See `Client.signal`."""
         limit, keyring = self._runner.settings.max_payload_bytes, self._runner.keyring
-        return await self._runner.run(exchange.signal(run_uuid(run), name, payload, limit, keyring), tx)
+        to = run_uuid(run)
+        with signalling(to, name) as trace:
+            return await self._runner.run(exchange.signal(to, name, payload, limit, keyring, trace), tx)
 
     async def state(self, run: RunLike) -> dict[str, Any]:
         """Return what a run shows of itself; see `Client.state`."""
@@ -243,7 +249,9 @@ class AsyncClient(AsyncRepairs):
                 schema = await self._runner.run(statements.workflow_schema(target.name, options.version), tx)
                 target = target.knowing(schema)
             for batch in batches(target, items, number, key, self._runner.settings.max_payload_bytes):
-                statement = statements.enqueue_many(target.name, batch.texts, batch.keys, options)
-                for run, created in await self._runner.run(statement, tx):
+                with enqueueing_many(target.name, options, len(batch.texts)) as given:
+                    statement = statements.enqueue_many(target.name, batch.texts, batch.keys, given)
+                    enqueued = await self._runner.run(statement, tx)
+                for run, created in enqueued:
                     yield AsyncRun(run, created, target.name, self, function)
             number += len(items)

@@ -25,6 +25,7 @@ from outbox.invocations import (
     function_of,
 )
 from outbox.outcomes import outcome, pauses, timed_out
+from outbox.producing import enqueueing, enqueueing_many, signalling
 from outbox.repairing import Repairs
 from outbox.runners import Runner
 from outbox.settings import Settings
@@ -90,7 +91,8 @@ class Client(Repairs):
         new arguments are ignored. `priority`: 0 first to 9 last. `delay` (seconds or a timedelta) or `at`: when to
         start. `deadline`: how long after now the run fails with DeadlineExceeded. `version`: only workers that have this
         version of the workflow take the run; by default that of the function, by name the one published last. `trace`:
-        the W3C context that the run goes on from.
+        the W3C context that the run goes on from; by default that of a span of this call, if the process uses
+        OpenTelemetry.
 
         Raises PayloadError for arguments that do not fit, ConfigError for options, SchemaError, UnknownWorkflow.
         """
@@ -112,7 +114,10 @@ class Client(Repairs):
             schema = self._runner.run(statements.workflow_schema(target.name, options.version), tx)
             target = target.knowing(schema)
         text = target.encode(args, kwargs, self._runner.settings.max_payload_bytes)
-        run, created = self._runner.run(statements.enqueue(target.name, text, text_key, options), tx)
+        with enqueueing(target.name, options) as this:
+            statement = statements.enqueue(target.name, text, text_key, this.options)
+            run, created = self._runner.run(statement, tx)
+            this.note(run, created=created)
         return Run(run, created, target.name, self, function_of(workflow))
 
     def enqueue_many(
@@ -138,7 +143,8 @@ class Client(Repairs):
 
         Lazy: nothing is enqueued until the result is iterated. `chunk` items (or 8 MiB of them) go out in one round
         trip, which without `tx` is one transaction. An item is the one argument of the workflow, or a tuple of its
-        arguments; by name it is the input (a mapping). `key` is called with each item.
+        arguments; by name it is the input (a mapping). `key` is called with each item. The runs go on with the trace
+        around the iteration; without one each has a trace of its own.
 
         Raises PayloadError for an item, naming its number; what was yielded before stays, the item's own chunk is
         not sent.
@@ -236,7 +242,9 @@ class Client(Repairs):
         each signal is taken once, so sending it twice is not the same as once.
         """
         limit, keyring = self._runner.settings.max_payload_bytes, self._runner.keyring
-        return self._runner.run(exchange.signal(run_uuid(run), name, payload, limit, keyring), tx)
+        to = run_uuid(run)
+        with signalling(to, name) as trace:
+            return self._runner.run(exchange.signal(to, name, payload, limit, keyring, trace), tx)
 
     def state(self, run: RunLike) -> dict[str, Any]:
         """Return what a run shows of itself by `set_state` and `progress`: key to value. Raises RunNotFound."""
@@ -289,7 +297,9 @@ class Client(Repairs):
                 schema = self._runner.run(statements.workflow_schema(target.name, options.version), tx)
                 target = target.knowing(schema)
             for batch in batches(target, items, number, key, self._runner.settings.max_payload_bytes):
-                statement = statements.enqueue_many(target.name, batch.texts, batch.keys, options)
-                for run, created in self._runner.run(statement, tx):
+                with enqueueing_many(target.name, options, len(batch.texts)) as given:
+                    statement = statements.enqueue_many(target.name, batch.texts, batch.keys, given)
+                    enqueued = self._runner.run(statement, tx)
+                for run, created in enqueued:
                     yield Run(run, created, target.name, self, function)
             number += len(items)

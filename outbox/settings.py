@@ -84,11 +84,14 @@ class Settings:
     """Keys for payloads, as ``id:base64`` with commas between them: the first one seals, all open."""
     encryption_keys_file: Path | None = None
     """A file that holds them instead, one on each line."""
+    tracing: bool | None = None
+    """Whether workers trace runs with OpenTelemetry. None: if APP has set it up, or the environment names where to send."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            if isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
+            number = isinstance(value, int | float) and each.name != "tracing"
+            if number and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{each.name} must be a positive number, got {value!r}")
         for name in _URLS:
             if (url := getattr(self, name)) is not None:
@@ -184,15 +187,33 @@ def _from_environment(name: str, text: str) -> Any:
     """Return the value of one field from its variable's text."""
     variable = _PREFIX + name.upper()
     kind = _READERS.get(type(Settings.__dataclass_fields__[name].default), str)
+    if name == "tracing":  # has three values, and so no type of its default to go by
+        kind = _truth
     try:
-        value = kind(text)
+        value: Any = kind(text)
         Settings(**{name: value})
     except ValueError:
-        wanted = "a whole number" if kind is int else "a number"
+        wanted = "1 or 0" if kind is _truth else "a whole number" if kind is int else "a number"
         raise ConfigError(f"{variable} must be {wanted}, got {text!r}") from None
     except ConfigError as error:
         raise ConfigError(f"{variable}: {error}") from None
     return value
 
 
+def _truth(text: str) -> bool:
+    if text.lower() not in _TRUTHS:
+        raise ValueError(text)
+    return _TRUTHS[text.lower()]
+
+
+_TRUTHS = {
+    "1": True,
+    "true": True,
+    "yes": True,
+    "on": True,
+    "0": False,
+    "false": False,
+    "no": False,
+    "off": False,
+}
 _READERS: dict[type, Callable[[str], Any]] = {int: int, float: float}

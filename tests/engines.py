@@ -28,6 +28,7 @@ from worker.definitions import Registry, Workflow
 from worker.engine.engine import Engine
 from worker.engine.transitions import Writing
 from worker.queries import load
+from worker.telemetry.tracing import Tracing
 
 T = TypeVar("T")
 
@@ -202,10 +203,15 @@ class Lab:
 
     @asynccontextmanager
     async def engine(
-        self, registry: Registry, *, queues: Sequence[str] = ("default",), **settings: Any
+        self,
+        registry: Registry,
+        *,
+        queues: Sequence[str] = ("default",),
+        tracing: Tracing | None = None,
+        **settings: Any,
     ) -> AsyncIterator[Running]:
         """Run an engine that claims; drain it at the end, unless it has ended."""
-        running = self.start(registry, queues=queues, **settings)
+        running = self.start(registry, queues=queues, tracing=tracing, **settings)
         try:
             await running.claiming()
             yield running
@@ -219,12 +225,15 @@ class Lab:
         *,
         queues: Sequence[str] = ("default",),
         url: str | None = None,
+        tracing: Tracing | None = None,
         **settings: Any,
     ) -> Running:
         """Start an engine without waiting for it; the caller has to `destroy` it."""
         if direct(self.url) != self.url:  # behind a pooler nobody rings
             settings.setdefault("poll_seconds", 0.1)
-        return Running(self, registry, Settings(**{**SMALL, **settings}), queues, url or self.url)
+        return Running(
+            self, registry, Settings(**{**SMALL, **settings}), queues, url or self.url, tracing=tracing
+        )
 
     async def reclaim(self, worker_id: int, *, poison_after: int = 3) -> None:
         """Bury a worker, end its backends and free its tasks, as a supervisor does."""
@@ -268,10 +277,11 @@ class Running:
     """One engine that runs in the loop of the test."""
 
     def __init__(
-        self, lab: Lab, registry: Registry, settings: Settings, queues: Sequence[str], url: str
-    ) -> None:
+        self, lab: Lab, registry: Registry, settings: Settings, queues: Sequence[str], url: str,
+        *, tracing: Tracing | None = None,
+    ) -> None:  # fmt: skip
         self.id = next(_ids)
-        self.engine = Engine(registry, settings, url=url, worker_id=self.id, queues=queues)
+        self.engine = Engine(registry, settings, url=url, worker_id=self.id, queues=queues, tracing=tracing)
         self.task = asyncio.create_task(self.engine.run())
         self._lab = lab
         self._commit = self.engine._committer.commit

@@ -46,6 +46,7 @@ def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch
         "database_url": "postgresql://db/app",
         "direct_database_url": "postgresql://db2/app",
         "data_dir": "/srv/data",
+        "tracing": "yes",
     }
     keys = {"encryption_keys", "encryption_keys_file"}  # exclude each other: tests/unit/test_sealing.py
     for each in fields(Settings):
@@ -55,6 +56,7 @@ def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch
     assert settings.database_url == "postgresql://db/app"
     assert settings.direct_database_url == "postgresql://db2/app"
     assert settings.data_dir == Path("/srv/data")
+    assert settings.tracing is True
     for each in fields(Settings):
         if each.name not in given.keys() | keys:
             value = getattr(settings, each.name)
@@ -71,6 +73,7 @@ def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch
         ("STEPWELL_LEASE_SECONDS", "soon", "STEPWELL_LEASE_SECONDS must be a number, got 'soon'"),
         ("STEPWELL_LEASE_SECONDS", "nan", "STEPWELL_LEASE_SECONDS: lease_seconds must be a positive number"),
         ("STEPWELL_LEASE_SECONDS", "-1", "STEPWELL_LEASE_SECONDS: lease_seconds must be a positive number"),
+        ("STEPWELL_TRACING", "17", "STEPWELL_TRACING must be 1 or 0, got '17'"),
         ("STEPWELL_DATABASE_URL", "mysql://db", "STEPWELL_DATABASE_URL: database_url 'mysql://db'"),
     ],
 )

@@ -107,6 +107,8 @@ class Advance(Claimed):
         self._history = (await self._means.reader.histories([claim]))[claim.run_id]
         mail = await self._means.reader.mail([claim.run_id])
         self._mailbox = Mailbox(mail[claim.run_id], self._means.keyring)
+        if self.watch is not None:
+            self.watch.reads(mail[claim.run_id])
         self._standing.start_over(self._history)
 
     def _driven(self, history: list[Record]) -> Decision:
@@ -125,6 +127,7 @@ class Advance(Claimed):
         self._replay = Replay(
             self._workflow, given, standing.facts, applying, driven=standing.driven,
             attempted=standing.attempted, began_at=began_at(history) if self.claim.base_epoch else None, guard=self._means.guard,
+            context=None if self.watch is None else self.watch.context_of_body(),
         )  # fmt: skip
         return self._replay.start()
 

@@ -26,6 +26,7 @@ from worker.engine.claims import Claim
 from worker.engine.means import Means
 from worker.engine.transitions import Documents, Receipt, Verdict, Writing, encode, receipt_of
 from worker.engine.turns import Park, Release, Standing, Turn, with_earlier
+from worker.engine.watch import Watch
 from worker.replay.decisions import Block, DoStep
 from worker.replay.records import Path, Record, is_undo
 from worker.retries import Retry, failures_of
@@ -44,6 +45,7 @@ from worker.steps.transactions import (
     Lost,
     Refused,
     Repeat,
+    TransactionOutcome,
     Uncertain,
 )
 from worker.telemetry import metrics
@@ -63,11 +65,12 @@ REPEAT_SECONDS = 0.05
 
 
 class Claimed:
-    """One claim. `parked` tells how it came out. Subclasses say what its turns are."""
+    """One claim. `parked` tells how it came out, `watch` is told what happens. Subclasses say what its turns are."""
 
     def __init__(self, claim: Claim, standing: Standing, means: Means) -> None:
         self.claim = claim
         self.parked = False
+        self.watch: Watch | None = None
         self._means = means
         self._standing = standing
         self._repeats = self._begun = 0
@@ -81,6 +84,8 @@ class Claimed:
     async def run(self) -> None:
         """Work until the task is parked or done, or the claim is lost."""
         self._task = asyncio.current_task()
+        if self.watch is not None:
+            self.watch.enter()
         try:
             turn: Turn | None = await self._opening()
             while turn is not None:
@@ -174,6 +179,8 @@ class Claimed:
             turn = self._prepared(turn)
             writing = self._standing.writing(turn)
             if writing is not None:
+                if self.watch is not None:
+                    self.watch.sends(writing)
                 receipt = await self._means.committer.commit(writing)
                 if receipt.refused is not None and isinstance(turn.decision, Block):
                     reports.log_unwritable(self.claim.run_id)
@@ -197,6 +204,8 @@ class Claimed:
             return None
         driven = self._standing.driven
         self._standing.applied(writing)
+        if self.watch is not None:
+            self.watch.written(turn, writing)
         if writing.end is None:
             reports.log_growth(self.claim.run_id, self.claim.workflow, driven, self._standing.driven)
         else:
@@ -212,6 +221,8 @@ class Claimed:
     def _lost(self) -> None:
         metrics.FENCED.inc()
         self._log_lost()
+        if self.watch is not None:
+            self.watch.lost()
 
     def _log_lost(self) -> None:
         logger.warning("a claim was lost; its write was refused", extra={"run_id": str(self.claim.run_id)})
@@ -253,9 +264,14 @@ class Claimed:
         try:
             if step.step.transaction is not None:
                 return await self._execute_transaction(step)
-            return self._after(step, await self._outcome(step))
+            return self._after(step, await self._watched(step, self._outcome(step)))
         finally:
             metrics.step_seconds(step.step.name).observe(time.monotonic() - started)
+
+    def _watched(self, step: DoStep, execution: Awaitable[Any]) -> Awaitable[Any]:
+        if self.watch is None:
+            return execution
+        return self.watch.during(step, len(self._standing.executions(step)) + 1, execution)
 
     def _instead_of(self, step: DoStep) -> Turn | None:
         """Return what has to be done instead of executing a step now."""
@@ -337,6 +353,8 @@ class Claimed:
         verdict = None
         if step.step.retry is not None and not final:
             verdict = step.step.retry.decide(failures_of([*executions, failed]), error)
+        if self.watch is not None:
+            self.watch.failed(error)
         if not isinstance(verdict, Retry):
             return self._concluded(standing.record_step(step, 0, "failed", error=fault))
         wait = verdict.seconds
@@ -356,11 +374,14 @@ class Claimed:
             turn = self._prepared(self._concluded(recorded))
             writing = self._standing.writing(turn)
             assert writing is not None
+            if self.watch is not None:
+                self.watch.sends(writing)
             concluded.append((turn, writing))
             return encode([writing])
 
         call = self._call(step)
-        outcome = await self._means.transactions.execute(call, self._timeout(step), conclude)
+        execution = self._means.transactions.execute(call, self._timeout(step), conclude)
+        outcome: TransactionOutcome = await self._watched(step, execution)
         if isinstance(outcome, Uncertain):
             outcome = await self._resolved(step, ConnectionError("the connection was lost at COMMIT"))
         elif isinstance(outcome, Repeat) and outcome.begun:

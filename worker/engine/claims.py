@@ -111,12 +111,16 @@ class Held(NamedTuple):
 
 
 class Mail(NamedTuple):
-    """Something that was sent to a run: its payload as JSON text; None if it is too large to be read, `oversize` bytes."""
+    """Something that was sent to a run: its payload as JSON text; None if it is too large to be read, `oversize` bytes.
+
+    `trace` is the context in which it was sent, if that is known.
+    """
 
     id: int
     name: str
     payload: str | None
     oversize: int | None = None
+    trace: str | None = None
 
 
 class _Floors:
@@ -245,6 +249,10 @@ class Claimant:
         for run_id, *mail in await self._run("mail", {"runs": list(run_ids), "max_bytes": self._limits[0]}):
             found[run_id].append(Mail(*mail))
         return found
+
+    async def traces(self, run_ids: Sequence[UUID]) -> dict[UUID, str]:
+        """Return in which context each run was enqueued, where that is known."""
+        return dict(await self._run("traces", (list(run_ids),)))
 
     async def is_superseded(self, name: str) -> bool:
         """Tell whether workers that came after this one and its siblings carry a name."""

@@ -44,10 +44,12 @@ from worker.engine.means import Means
 from worker.engine.sandbox import Sandbox
 from worker.engine.transitions import applied_timer, applied_wake
 from worker.engine.vitals import Vitals
+from worker.engine.watch import Watcher
 from worker.registry import Registry
 from worker.steps.execution import Executor
 from worker.steps.transactions import Transactions
 from worker.telemetry import metrics
+from worker.telemetry.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +89,7 @@ class Engine:
         supervisor_id: int | None = None,
         queues: Sequence[str] = ("default",),
         release: str = "",
+        tracing: Tracing | None = None,
     ) -> None:
         self.worker_id = worker_id
         self._registry = registry
@@ -122,7 +125,8 @@ class Engine:
             leaving=lambda: self._draining or self._alone,
             reader=self._claimant,
         )  # fmt: skip
-        self._intake = Intake(self._claimant, registry, means)
+        self._watcher = Watcher.of(tracing, worker_id, plain=not means.keyring)
+        self._intake = Intake(self._claimant, registry, means, self._watcher)
         self._names = self._intake.names
         self._caretaker = Caretaker(
             self._claimant, self._committer, self._queues, self._names, self._held, self._changed.set, self._cancel,
@@ -259,7 +263,7 @@ class Engine:
             queue = self._queues[(self._rotation + turn) % len(self._queues)]
             free = self._settings.concurrency - len(self._flying)
             claims = await self._claimant.claim(queue, self._names, max(0, free))
-            await self._start(claims)
+            await self._start(claims, queue)
             claimed += len(claims)
             self._backlog = 0 < free <= len(claims)
         self._rotation += 1
@@ -291,7 +295,7 @@ class Engine:
             async with asyncio.timeout(seconds):
                 await self._changed.wait()
 
-    async def _start(self, claims: Sequence[Claim]) -> None:
+    async def _start(self, claims: Sequence[Claim], queue: str) -> None:
         if not claims:
             return
         metrics.CLAIMS.inc(len(claims))
@@ -300,7 +304,7 @@ class Engine:
         for claim in claims:
             if claim.kind not in ("run", "step"):
                 self._spawn(self._apply(claim)).add_done_callback(self._tasks.discard)
-        async for claimed in self._intake.taken(claims):
+        async for claimed in self._intake.taken(claims, queue):
             self._take_off(claimed)
         self._starting = set()
         self._count_slots()
@@ -391,10 +395,10 @@ class Engine:
         """Take one suspect and wait until it is done; tell whether there was one."""
         claims = await self._claimant.claim(queue, self._names, 0, alone=True)
         self._alone = False
-        await self._start(claims)
+        await self._start(claims, queue)
         while self._flying and not self._draining:
             self._changed.clear()
-            await self._start(await self._claimant.claim(queue, self._names, 0))  # cancellations
+            await self._start(await self._claimant.claim(queue, self._names, 0), queue)  # cancellations
             await self._wait(CANCEL_SECONDS)
         self._alone = True
         return not self._draining and any(claim.kind in ("run", "step") for claim in claims)

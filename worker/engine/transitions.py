@@ -85,6 +85,7 @@ class ChildRow(Extra, omit_defaults=True, gc=False, kw_only=True):
     detached: bool = False
     begun: bool = False
     deadline: float | None = None
+    trace: str | None = None
 
 
 class Dropped(Extra, omit_defaults=True, gc=False, kw_only=True):

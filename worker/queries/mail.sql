@@ -3,7 +3,7 @@
 -- Index: signals_of_run.
 -- Locks: none.
 select s.run_id, s.id, s.name, case when g.fits then s.payload::text end,
-       case when not g.fits then stepwell.size_of(s.payload) end
+       case when not g.fits then stepwell.size_of(s.payload) end, s.trace
 from stepwell.signals s
 cross join lateral (
     select starts_with(s.name, 'stepwell:') or stepwell.fits(s.payload, %(max_bytes)s::bigint) as fits) g

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextvars import Context
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -83,11 +84,12 @@ class Replay(Asides):
     """One drive of one run. `history` is what `visible` returned; `drifts` are the drifts met in it.
 
     `driven` is the seq up to which what the body did is written down. `attempted`: an earlier claim may have come to
-    the first call of an untouched run. `began_at` is when it started anew, if it did.
+    the first call of an untouched run. `began_at` is when it started anew, if it did. `context` is a fresh one that the
+    body begins with, by default an empty one.
     """
 
     __slots__ = (
-        "_arguments", "_cancelled", "_ended_as", "_input", "_settling", "_undoing_now",
+        "_arguments", "_cancelled", "_context", "_ended_as", "_input", "_settling", "_undoing_now",
     )  # fmt: skip
 
     def __init__(
@@ -101,9 +103,11 @@ class Replay(Asides):
         attempted: bool = False,
         began_at: datetime | None = None,
         guard: Guard = UNGUARDED,
+        context: Context | None = None,
     ) -> None:
         super().__init__(workflow, facts, history, driven, attempted, guard)
         self._input = input
+        self._context = context
         if began_at is not None:
             self._now = began_at
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
@@ -125,7 +129,7 @@ class Replay(Asides):
         before = self._guard.enter()
         try:
             main = self._strand = self._main_strand
-            main.body, _ = bodies.begin(self._main)
+            main.body, _ = bodies.begin(self._main, self._context)
             self._run_to_rest()
         finally:
             self._guard.leave(before)

@@ -45,11 +45,14 @@ from worker.supervision.pipe import (
     beat_line,
     complaint_line,
 )
+from worker.telemetry import tracing
 
 logger = logging.getLogger(__name__)
 
 EXIT_SECONDS = 3.0
 """How long exit handlers and abandoned threads may hold a process that is done."""
+FLUSH_SECONDS = 2.0
+"""How long a process that is done sends the spans that it has still to send."""
 GC_THRESHOLD = 10_000
 """New containers before the youngest are collected; Python's own 700 is a fraction of what is in flight."""
 _PR_SET_PDEATHSIG = 1
@@ -96,9 +99,14 @@ class WorkerProcess:
         ).start()
         try:
             registry = load_app(self._briefing.app)
+            traced = tracing.of_worker(self._briefing.settings, self._briefing.worker_id)
             _spare_the_collector()
-            # The loop is not closed: that would wait for threads that a timed-out step has left behind.
-            return loop.run_until_complete(self._serve(registry))
+            try:
+                # The loop is not closed: that would wait for threads that a timed-out step has left behind.
+                return loop.run_until_complete(self._serve(registry, traced))
+            finally:
+                if traced is not None:
+                    traced.flush(FLUSH_SECONDS)
         except DeclaredDead:
             logger.warning("this worker was declared dead; a fresh process takes its place")
             return EXIT_DECLARED_DEAD
@@ -110,7 +118,7 @@ class WorkerProcess:
             logger.exception("the worker process failed")
             return EXIT_CRASHED
 
-    async def _serve(self, registry: Registry) -> int:
+    async def _serve(self, registry: Registry, traced: tracing.Tracing | None) -> int:
         """Run the engine, and beat meanwhile."""
         briefing = self._briefing
         engine = self._engine = Engine(
@@ -121,6 +129,7 @@ class WorkerProcess:
             supervisor_id=briefing.supervisor_id,
             queues=briefing.queues,
             release=_release(),
+            tracing=traced,
         )
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._on_sigterm)
         beating = asyncio.create_task(self._beat(engine))

@@ -32,6 +32,7 @@ from worker.registry import Registry
 from worker.replay.records import Path
 from worker.steps.execution import Answered, Call, Outcome, Raised
 from worker.steps.transactions import Committed, Conclude, Documents, TransactionOutcome
+from worker.telemetry.tracing import Tracing
 
 Moment = Literal["before", "after", "recording"]
 
@@ -85,8 +86,9 @@ class MortalEngine(Engine):
         worker_id: int,
         queues: Sequence[str],
         crashes: Sequence[Crash],
+        tracing: Tracing | None = None,
     ) -> None:
-        super().__init__(registry, settings, url=url, worker_id=worker_id, queues=queues)
+        super().__init__(registry, settings, url=url, worker_id=worker_id, queues=queues, tracing=tracing)
         self.died = False
         self.executing: dict[tuple[UUID, Path], Execution] = {}
         self._crashes = crashes

@@ -20,6 +20,7 @@ from outbox.settings import Settings
 from worker.registry import Registry
 from worker.replay.records import Path
 from worker.supervision.liveness import reclaim
+from worker.telemetry import tracing
 from worker.testing.crashes import Crash, Execution, MortalEngine
 
 logger = logging.getLogger(__name__)
@@ -93,8 +94,9 @@ class InlineWorker:
 
         async def made() -> MortalEngine:
             return MortalEngine(
-                registry, settings, url=url, worker_id=self.id, queues=queues, crashes=crashes
-            )
+                registry, settings, url=url, worker_id=self.id, queues=queues, crashes=crashes,
+                tracing=None if settings.tracing is False else tracing.of_process(),
+            )  # fmt: skip
 
         self._engine = loop.start(made()).result(STOP_SECONDS)
         self._running = loop.start(self._engine.run())

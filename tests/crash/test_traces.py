@@ -1,0 +1,99 @@
+"""A run that was interrupted and resumed by another process is one trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+
+from outbox import Client
+from tests.crash.fleet import ROOT, Fleet
+from tests.spans import Collector, collecting_spans
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.crash
+
+APP = ROOT / "tests" / "crash" / "trace_flows.py"
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    with collecting_spans() as running:
+        yield running
+
+
+@contextmanager
+def fleet(url: str, home: Path, environment: dict[str, str]) -> Iterator[Fleet]:
+    started = Fleet(url, home, app=APP, environment=environment, lost_lock_seconds=1.0, grace_seconds=5.0)
+    try:
+        yield started
+    finally:
+        started.stop()
+
+
+@pytest.fixture
+def enqueued(
+    database_url: str, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], UUID]]:
+    """Enqueues a run as a service does that has set up OpenTelemetry, below a span of its own."""
+    provider = TracerProvider(shutdown_on_exit=False)
+    endpoint = f"{collector.environment['OTEL_EXPORTER_OTLP_ENDPOINT']}/v1/traces"
+    provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+    monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER", provider)
+
+    def enqueue() -> UUID:
+        with Client(database_url) as client, provider.get_tracer("shop").start_as_current_span("request"):
+            return client.enqueue("ship", order=7).id
+
+    yield enqueue
+    provider.shutdown()
+
+
+@pytest.mark.parametrize("by_whom", ["a service that traces", "SQL"])
+def test_a_run_that_was_interrupted_and_resumed_on_another_worker_is_one_trace(
+    database_url: str, tmp_path: Path, collector: Collector, enqueued: Callable[[], UUID], by_whom: str
+) -> None:
+    with fleet(database_url, tmp_path, collector.environment) as workers:
+        workers.start()
+        workers.start()
+        with workers.gate("before-pack"):
+            run = workers.enqueue("ship", order=7) if by_whom == "SQL" else enqueued()
+            workers.reached("before-pack")
+            wait_until(lambda: collector.spans.named("step pick"), what="the first step's span")
+            held = workers.holder(run)
+            workers.kill(held, "tree")
+        workers.wait_for(run, "succeeded")
+    spans = collector.spans
+    spans.check_whole()
+    names = {"run ship": 1, "claim ship": 2, "step pick": 1, "step pack": 2, "commit": 3}
+    above = {"request": 1, "enqueue ship": 1}
+    assert spans.names() == (names if by_whom == "SQL" else names | above)
+    died, done = spans.one("step pack", execution=1), spans.one("step pack", execution=2)
+    assert (died.outcome, died.failed, done.outcome, done.failed) == ("interrupted", True, "completed", False)
+    first, other = spans.one("step pick").worker, done.worker
+    assert first == str(held.worker) != other
+    assert [span.worker for span in spans.named("claim ship")] == [first, other]
+    root = spans.one("run ship")
+    assert (root.worker, root.outcome) == (other, "succeeded")
+    assert {span.parent for span in spans if span.name.startswith(("step", "claim", "commit"))} == {
+        root.span_id
+    }
+    assert root.parent == ("" if by_whom == "SQL" else spans.one("enqueue ship").span_id)
+    assert spans.roots[0].name == ("run ship" if by_whom == "SQL" else "request")
+    assert {span.resource["service.name"] for span in spans.of_run(run) if span.worker} == {"stepwell"}
+
+
+def test_without_an_endpoint_nothing_of_opentelemetry_is_loaded(database_url: str, tmp_path: Path) -> None:
+    with fleet(database_url, tmp_path, {}) as workers:
+        for name in [each for each in workers.environment if each.startswith("OTEL_")]:
+            del workers.environment[name]
+        workers.start()
+        run = workers.enqueue("looking")
+        workers.wait_for(run, "succeeded")
+        assert workers.db.execute("select output from stepwell.runs").fetchall() == [([],)]
