@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import msgspec
 
-from outbox.errors import ConfigError
+from outbox.errors import ConfigError, Suspended
 from worker.replay.calls import SleepCall
 from worker.replay.records import dotted
 
@@ -109,7 +109,7 @@ class StepInfo(msgspec.Struct, frozen=True):
     """The execution of a step, as the step itself may know it.
 
     `execution` counts from 1. `fence` is an integer that grows with every execution in this run, for stores that
-    can compare it. `key_epoch` is the epoch of the run's last rewind or fresh start.
+    can compare it. `key_epoch` is the epoch of the run's last rewind or fresh start, `name` that of the step.
     """
 
     run_id: _uuid.UUID
@@ -117,6 +117,7 @@ class StepInfo(msgspec.Struct, frozen=True):
     execution: int
     fence: int
     key_epoch: int = 0
+    name: str = ""
 
     @property
     def idempotency_key(self) -> str:
@@ -165,6 +166,17 @@ def current_step() -> StepInfo:
             "current_step() answers in a step that is executed for a run, not in a body or outside of one"
         )
     return execution[1]
+
+
+def whereabouts() -> tuple[RunFacts | None, StepInfo | None]:
+    """Return the run that the code which runs now works for, and the execution if it is in one."""
+    drive = current_drive.get()
+    if drive is None:
+        return _execution.get() or (None, None)
+    try:
+        return drive.facts, None
+    except Suspended:  # a generator is closed outside of its body, for no run
+        return None, None
 
 
 def in_step() -> bool:

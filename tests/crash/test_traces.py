@@ -1,10 +1,12 @@
-"""A run that was interrupted and resumed by another process is one trace."""
+"""A run that was interrupted and resumed by another process is one trace, and logs tell of the same."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -35,6 +37,11 @@ def fleet(url: str, home: Path, environment: dict[str, str]) -> Iterator[Fleet]:
         yield started
     finally:
         started.stop()
+
+
+def lines(home: Path) -> list[dict[str, Any]]:
+    """Return what the supervisors and their workers have logged: every line is JSON."""
+    return [json.loads(line) for log in sorted(home.glob("*.log")) for line in log.read_text().splitlines()]
 
 
 @pytest.fixture
@@ -87,6 +94,37 @@ def test_a_run_that_was_interrupted_and_resumed_on_another_worker_is_one_trace(
     assert root.parent == ("" if by_whom == "SQL" else spans.one("enqueue ship").span_id)
     assert spans.roots[0].name == ("run ship" if by_whom == "SQL" else "request")
     assert {span.resource["service.name"] for span in spans.of_run(run) if span.worker} == {"stepwell"}
+
+
+def test_lines_of_json_tell_of_which_run_and_step_they_are(
+    database_url: str, tmp_path: Path, collector: Collector
+) -> None:
+    with fleet(database_url, tmp_path, collector.environment | {"STEPWELL_LOG_FORMAT": "json"}) as workers:
+        workers.start()
+        run = workers.enqueue("ship", order=7)
+        workers.wait_for(run, "succeeded")
+        ((worker,),) = workers.db.execute("select id from stepwell.workers").fetchall()
+    said = {line["message"]: line for line in lines(tmp_path)}
+    root, pack = collector.spans.one("run ship"), collector.spans.one("step pack")
+    about = {
+        "run_id": str(run),
+        "workflow": "ship",
+        "worker": worker,
+        "logger": "shop",
+        "trace_id": root.trace_id,
+    }
+    step = {"step": "pack", "path": "2", "execution": 1, "attempt": 1, "span_id": pack.span_id}
+    packing = about | step | {"level": "WARNING", "order": 7}
+    assert packing.items() <= said["packing"].items()
+    assert (about | {"step": "pick", "path": "1"}).items() <= said["picked 7"].items()
+    body = said["shipping"]
+    assert (about | {"span_id": root.span_id}).items() <= body.items()
+    assert "step" not in body
+    assert all(
+        {"timestamp", "level", "logger", "message", "process"} <= line.keys() for line in lines(tmp_path)
+    )
+    claiming = next(line for line in lines(tmp_path) if line["message"].startswith("claiming"))
+    assert (claiming["worker"], "run_id" in claiming) == (worker, False)
 
 
 def test_without_an_endpoint_nothing_of_opentelemetry_is_loaded(database_url: str, tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ import sys
 
 from outbox.settings import Settings
 from tests.integration.supervising import SCRIPTED
-from worker.supervision.pipe import LOG_FORMAT
 from worker.supervision.supervisor import Supervisor
+from worker.telemetry.logs import set_up_logs
 
 
 async def main(url: str, settings: str, app: str, processes: str, real: str = "") -> int:
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    set_up_logs(logging.INFO)
     supervisor = Supervisor(
         Settings(**json.loads(settings)),
         url,

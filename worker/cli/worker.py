@@ -16,8 +16,8 @@ from outbox.database import direct_url
 from outbox.settings import Settings
 from worker.cli.connecting import database
 from worker.cli.options import database_option, duration
-from worker.supervision.pipe import LOG_FORMAT
 from worker.telemetry.files import shared_directory
+from worker.telemetry.logs import LogFormat, set_up_logs
 
 if TYPE_CHECKING:
     from worker.supervision.supervisor import Supervisor
@@ -51,6 +51,15 @@ _LEVELS = ("debug", "info", "warning", "error")
 @click.option(
     "--log-level", type=click.Choice(_LEVELS), default="info", show_default=True, help="What to log."
 )
+@click.option(
+    "--log-format",
+    type=click.Choice(("text", "json")),
+    default="text",
+    show_default=True,
+    envvar="STEPWELL_LOG_FORMAT",
+    show_envvar=True,
+    help="Lines for people, or JSON with run, step and trace.",
+)
 @database_option
 def worker(
     settings: Settings,
@@ -60,6 +69,7 @@ def worker(
     metrics_port: int | None,
     metrics_host: str,
     log_level: str,
+    log_format: LogFormat,
     **tuned: Any,
 ) -> None:
     """Run workers for the workflows of APP, a module (shop.flows) or a file (flows.py).
@@ -67,7 +77,7 @@ def worker(
     SIGTERM and Ctrl-C drain: nothing more is claimed, executions may end within the grace time, the rest is
     given back. A second one stops at once. Under systemd (Type=notify) it tells when it is ready, alive and ending.
     """
-    logging.basicConfig(level=log_level.upper(), format=LOG_FORMAT)
+    set_up_logs(log_level.upper(), log_format)
     settings = replace(settings, **{name: value for name, value in tuned.items() if value is not None})
     with ExitStack() as stack:
         # First of all: prometheus_client decides where values live when it is imported, which supervisors do.
@@ -83,6 +93,7 @@ def worker(
             app=app,
             processes=processes,
             queues=list(dict.fromkeys(queues)),
+            log_format=log_format,
         )
         if directory is not None and metrics_port is not None:
             from worker.telemetry.exporter import Exporter

@@ -291,7 +291,9 @@ class Claimed:
 
     def _call(self, step: DoStep) -> Call:
         claim, standing = self.claim, self._standing
-        info = StepInfo(claim.run_id, step.path, len(step.earlier) + 1, standing.fence, claim.key_epoch)
+        info = StepInfo(
+            claim.run_id, step.path, len(step.earlier) + 1, standing.fence, claim.key_epoch, step.step.name
+        )
         return Call(step.step, step.arguments, standing.facts, info, self._means.settings.max_payload_bytes)
 
     def _timeout(self, step: DoStep) -> float | None:

@@ -18,6 +18,7 @@ import msgspec
 
 from outbox.settings import Settings
 from worker.engine.vitals import Vitals
+from worker.telemetry.logs import LogFormat
 
 FD_VARIABLE = "STEPWELL_SUPERVISOR_FD"
 """Names the inherited end of the socket pair in a child's environment; the child removes it."""
@@ -31,7 +32,6 @@ EXIT_ORPHANED = 76
 BEAT_SECONDS = 0.5
 LINE_MAX_BYTES = 65_536
 COMPLAINT_MAX_CHARACTERS = 4_000
-LOG_FORMAT = "%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"
 
 DEAD = b"dead\n"
 
@@ -47,6 +47,7 @@ class Briefing:
     supervisor_id: int
     queues: tuple[str, ...]
     log_level: int = logging.INFO
+    log_format: LogFormat = "text"
 
     def to_line(self) -> bytes:
         """Return the briefing as a line."""

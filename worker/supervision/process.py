@@ -39,13 +39,13 @@ from worker.supervision.pipe import (
     EXIT_DRAINED,
     EXIT_ORPHANED,
     FD_VARIABLE,
-    LOG_FORMAT,
     Briefing,
     ChildPipe,
     beat_line,
     complaint_line,
 )
 from worker.telemetry import tracing
+from worker.telemetry.logs import set_up_logs
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def main() -> int:
     briefing = Briefing.from_line(line)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # it was blocked until now
-    logging.basicConfig(level=briefing.log_level, format=LOG_FORMAT)
+    set_up_logs(briefing.log_level, briefing.log_format, worker=briefing.worker_id)
     status = WorkerProcess(pipe, briefing).run()
     _end_within(EXIT_SECONDS, status)
     return status

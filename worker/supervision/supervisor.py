@@ -46,6 +46,7 @@ from worker.supervision.children import Backoff, Child, Exit
 from worker.supervision.heartbeat import Heartbeat
 from worker.supervision.liveness import Detector, Undertaker, Verdict
 from worker.supervision.pipe import EXIT_CONFIG, EXIT_DRAINED, Briefing
+from worker.telemetry.logs import LogFormat
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,7 @@ class Supervisor:
         child_command: Sequence[str] | None = None,
         on_event: Callable[[Event], None] | None = None,
         on_reclaim: Callable[[Detector, int], None] | None = None,
+        log_format: LogFormat = "text",
     ) -> None:
         if processes < 1:
             raise ConfigError(f"processes must be at least 1, got {processes}")
@@ -131,6 +133,7 @@ class Supervisor:
         self._command = list(child_command or children.command())
         self._on_event = on_event or (lambda _event: None)
         self._on_reclaim = on_reclaim or (lambda _detector, _tasks: None)
+        self._log_format: LogFormat = log_format
         self._children: dict[int, Child] = {}
         self._was_ready = False
         self._ending = asyncio.Event()
@@ -238,6 +241,7 @@ class Supervisor:
             supervisor_id=self.id,
             queues=self._queues,
             log_level=logging.getLogger().getEffectiveLevel(),
+            log_format=self._log_format,
         )
         try:
             child = Child.spawn(self._command, briefing, self._note_ready)
