@@ -8,8 +8,10 @@ A workflow is a plain function and the plan; a step is a function with effects, 
 """
 
 from outbox.errors import Cancelled, Permanent, RetryAfter, StepFailed
+from worker import events
 from worker.context import StepInfo, current_run, current_step, now, random, sleep, sleep_until, uuid, wait
 from worker.definitions import NOT_DONE, Step, Workflow, step, transaction, workflow
+from worker.events import on_event
 from worker.evolving import continue_as, patched, retire_patch, start
 from worker.exchange import emit, progress, set_state, wait_signal
 from worker.parallel import call, first, gather, map
@@ -34,10 +36,12 @@ __all__ = [
     "current_run",
     "current_step",
     "emit",
+    "events",
     "first",
     "gather",
     "map",
     "now",
+    "on_event",
     "patched",
     "progress",
     "random",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,16 +12,20 @@ from outbox.errors import ConfigError
 
 if TYPE_CHECKING:
     from worker.definitions import Definition, Step, Workflow
+    from worker.events import Event
+
+    Hook = Callable[[Event], object]
 
 D = TypeVar("D", bound="Definition[..., Any]")
 
 
 class Registry:
-    """Steps by name, workflows by name or, if they have a version, by ``name@version``."""
+    """Steps by name, workflows by name or, if they have a version, by ``name@version``; and hooks for events."""
 
     def __init__(self) -> None:
         self.steps: dict[str, Step[..., Any]] = {}
         self.workflows: dict[str, Workflow[..., Any]] = {}
+        self.hooks: list[Hook] = []
 
     def add_step(self, step: Step[..., Any]) -> None:
         """Register a step. Raises ConfigError when its name is taken."""
@@ -29,6 +34,10 @@ class Registry:
     def add_workflow(self, workflow: Workflow[..., Any]) -> None:
         """Register a workflow. Raises ConfigError when its name is taken."""
         _add(self.workflows, workflow, workflow.claimed_as)
+
+    def add_hook(self, hook: Hook) -> None:
+        """Register a hook, in place of the one that it is again after a reload of its module."""
+        self.hooks = [each for each in self.hooks if not _is_again(each, hook)] + [hook]
 
     def resolve(self) -> None:
         """Resolve annotations that named what came later in their modules. Raises ConfigError."""
@@ -71,6 +80,12 @@ def _replaces(known: Callable[..., Any], new: Callable[..., Any]) -> bool:
     if before.co_filename != after.co_filename:
         return bool(before.co_filename.startswith("<"))
     return bool(before.co_filename.startswith("<") or before.co_firstlineno == after.co_firstlineno)
+
+
+def _is_again(known: Hook, new: Hook) -> bool:
+    if not (inspect.isfunction(known) and inspect.isfunction(new)) or "<locals>" in known.__qualname__:
+        return known == new
+    return _replaces(known, new)
 
 
 def _taken(known: Definition[..., Any], new: Definition[..., Any]) -> str:

@@ -1,4 +1,4 @@
-"""A run that was interrupted and resumed by another process is one trace, and logs tell of the same."""
+"""A run that was interrupted and resumed by another process is one trace, and logs and hooks tell of the same."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ def fleet(url: str, home: Path, environment: dict[str, str]) -> Iterator[Fleet]:
         yield started
     finally:
         started.stop()
+
+
+def events(home: Path) -> list[dict[str, Any]]:
+    path = home / "events"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def lines(home: Path) -> list[dict[str, Any]]:
@@ -125,6 +130,35 @@ def test_lines_of_json_tell_of_which_run_and_step_they_are(
     )
     claiming = next(line for line in lines(tmp_path) if line["message"].startswith("claiming"))
     assert (claiming["worker"], "run_id" in claiming) == (worker, False)
+
+
+def test_hooks_are_told_in_the_processes_in_which_it_happens(database_url: str, tmp_path: Path) -> None:
+    with fleet(database_url, tmp_path, {}) as workers:
+        workers.start()
+        with workers.gate("before-pack"):
+            run = workers.enqueue("ship", order=7)
+            workers.reached("before-pack")
+            held = workers.holder(run)
+            wait_until(lambda: any(each["step"] == "pack" for each in events(tmp_path)))
+            workers.kill(held, "worker")
+        workers.wait_for(run, "succeeded")
+        wait_until(lambda: any(each["event"] == "WorkerReclaimed" for each in events(tmp_path)))
+        wait_until(lambda: any(each["event"] == "RunEnded" for each in events(tmp_path)))
+    told = events(tmp_path)
+    before = [(each["event"], each["step"], each["execution"]) for each in told if each["pid"] == held.pid]
+    assert before == [("RunStarted", None, None), ("StepStarted", "pick", 1), ("StepStarted", "pack", 1)]
+    after = [each for each in told if each["pid"] != held.pid]
+    assert len({each["pid"] for each in after}) == 1
+    assert [(each["event"], each["step"], each["execution"]) for each in after if each["dead"] is None] == [
+        ("StepInterrupted", "pack", 1), ("StepStarted", "pack", 2), ("RunEnded", None, None),
+    ]  # fmt: skip
+    (reclaimed,) = [each for each in after if each["dead"]]
+    assert (reclaimed["dead"], reclaimed["detector"], reclaimed["tasks"]) == (held.worker, "obituary", 1)
+    assert [each["state"] for each in after if each["state"]] == ["succeeded"]
+    logged = "".join(log.read_text() for log in tmp_path.glob("*.log"))
+    assert logged.count("the hook failing failed at RunEnded") == 1, (
+        "a hook that fails is told of, and nothing else happens"
+    )
 
 
 def test_without_an_endpoint_nothing_of_opentelemetry_is_loaded(database_url: str, tmp_path: Path) -> None:

@@ -722,12 +722,15 @@ async def test_an_engine_that_cannot_trace_works_all_the_same(
         raise RuntimeError("a processor that is broken")
 
     monkeypatch.setattr(tracing._tracer, "start_span", refuse)
-    async with lab.engine(two_steps(), tracing=tracing):
+    registry, told = two_steps(), []
+    registry.add_hook(told.append)
+    async with lab.engine(registry, tracing=tracing):
         assert await lab.succeeded(await lab.enqueue("flow", {"name": "Ada"}, version="7")) == 9
     assert any("could not be watched" in record.getMessage() for record in caplog.records)
+    assert [type(each).__name__ for each in told] == ["RunStarted", "StepStarted", "StepStarted", "RunEnded"]
 
 
-async def test_without_tracing_nothing_is_watched(lab: Lab) -> None:
+async def test_without_tracing_and_hooks_nothing_is_watched(lab: Lab) -> None:
     async with lab.engine(two_steps()) as engine:
         run = await lab.enqueue("flow", {"name": "Ada"}, version="7", trace=SAMPLED)
         await until(lambda: _is(lab, run, "succeeded"))

@@ -21,7 +21,9 @@ from worker import (
     Workflow,
     current_run,
     current_step,
+    events,
     now,
+    on_event,
     random,
     retrying,
     sleep,
@@ -246,3 +248,22 @@ async def handles_async(client: AsyncClient) -> None:
     assert_type(await run.fork(2), AsyncRun[int])
     assert_type(await client.state(run), dict[str, Any])
     assert_type(await client.retry(run), int)
+
+
+# Hooks.
+
+
+@on_event
+def tell(event: events.Event) -> None:
+    match event:
+        case events.StepFailed(error=error, step=name):
+            assert_type(error, BaseException)
+            assert_type(name, str)
+        case events.RunBlocked(reason=reason, run_id=run):
+            assert_type(reason, str)
+            assert_type(run, UUID)
+        case _:
+            assert_type(event.worker, int)
+
+
+tell(events.WorkerReclaimed(at=datetime.now(UTC), worker=1, dead=2, detector="lease", tasks=3))

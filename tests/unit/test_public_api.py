@@ -18,9 +18,9 @@ OUTBOX = {
 
 WORKER = {
     "Cancelled", "First", "NOT_DONE", "Permanent", "RetryAfter", "RetryPolicy", "RunFacts", "Step", "StepFailed",
-    "StepInfo", "Workflow", "call", "continue_as", "current_run", "current_step", "emit", "first", "gather", "map",
-    "now", "patched", "progress", "random", "retire_patch", "retrying", "set_state", "sleep", "sleep_until", "start",
-    "step", "transaction", "uuid", "wait", "wait_signal", "workflow",
+    "StepInfo", "Workflow", "call", "continue_as", "current_run", "current_step", "emit", "events", "first",
+    "gather", "map", "now", "on_event", "patched", "progress", "random", "retire_patch", "retrying", "set_state",
+    "sleep", "sleep_until", "start", "step", "transaction", "uuid", "wait", "wait_signal", "workflow",
 }  # fmt: skip
 
 STEP_OPTIONS = "name, retry, timeout, on_crash, verify, raises, queue, undo"

@@ -125,7 +125,7 @@ class Engine:
             leaving=lambda: self._draining or self._alone,
             reader=self._claimant,
         )  # fmt: skip
-        self._watcher = Watcher.of(tracing, worker_id, plain=not means.keyring)
+        self._watcher = Watcher.of(registry, tracing, worker_id, plain=not means.keyring)
         self._intake = Intake(self._claimant, registry, means, self._watcher)
         self._names = self._intake.names
         self._caretaker = Caretaker(
@@ -171,6 +171,11 @@ class Engine:
         """End now, whatever the database does: what is in flight is left to whoever reclaims it."""
         self._draining = True
         self._stopped.set()
+
+    def tell_reclaimed(self, dead: int, detector: str, tasks: int) -> None:
+        """Tell this process's hooks that another worker is dead, and that what it had claimed is free."""
+        if self._watcher is not None:
+            self._watcher.reclaimed(dead, detector, tasks)
 
     def vitals(self) -> Vitals:
         """Return the counters that a beat carries to the supervisor."""
@@ -230,6 +235,8 @@ class Engine:
         metrics.hand_over()
         for part in (self._transactions, self._doorbell, self._claimant, self._committer):
             await part.close()
+        if self._watcher is not None:
+            await asyncio.to_thread(self._watcher.close)
 
     async def _connect(self) -> AsyncConnection[Any]:
         return await database.connect_async(self._url, application_name=f"stepwell {self.worker_id}")

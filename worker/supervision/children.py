@@ -32,6 +32,7 @@ from worker.supervision.pipe import (
     LINE_MAX_BYTES,
     Briefing,
     Complaint,
+    News,
     read_message,
 )
 from worker.supervision.watchdog import LOOK_SECONDS, Watchdog
@@ -175,6 +176,13 @@ class Child:
             logger.warning("killing worker process %d: %s", self.pid, reason)
             self._killed_because = reason
         self._process.kill()
+
+    def tell(self, news: News) -> bool:
+        """Tell the child something for its hooks; return whether that was possible. Nobody knows whether it hears."""
+        if self._writer is None or not self.ready or self._leaving:
+            return False
+        self._writer.write(news.to_line())
+        return True
 
     def note_beat(self, known: bool) -> None:
         """Take note of whether the database knew the child as alive when its supervisor beat for it.

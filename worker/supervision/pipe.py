@@ -1,8 +1,9 @@
 """What a supervisor and its children say to each other, over one socket pair per child, in lines of JSON.
 
 Down: the briefing, as the first line (never in argv or the environment: it holds the database's password);
-later `DEAD`, when the database no longer knows the worker. Up: beats, and at most one complaint, the
-sentence with which a child refuses to start. Its end of file means to either side that the other is gone.
+later `DEAD`, when the database no longer knows the worker, and news for its hooks of other workers that are dead.
+Up: beats, and at most one complaint, the sentence with which a child refuses to start. Its end of file means to either
+side that the other is gone.
 """
 
 from __future__ import annotations
@@ -63,6 +64,30 @@ def _read_path(kind: type, text: Any) -> Path:
     if kind is not Path:
         raise NotImplementedError(f"cannot read {kind}")
     return Path(text)
+
+
+class News(msgspec.Struct, frozen=True):
+    """A worker is dead, noticed by `detector`, and the `tasks` that it had claimed are free."""
+
+    dead: int
+    detector: str
+    tasks: int
+
+    def to_line(self) -> bytes:
+        """Return the news as a line."""
+        return msgspec.json.encode({"news": self}) + b"\n"
+
+
+class _Told(msgspec.Struct):
+    news: News | None = None
+
+
+def read_news(line: bytes) -> News | None:
+    """Return what a supervisor tells in a line; None for what this release does not understand."""
+    try:
+        return msgspec.json.decode(line, type=_Told).news
+    except msgspec.MsgspecError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ from worker.supervision.pipe import (
     ChildPipe,
     beat_line,
     complaint_line,
+    read_news,
 )
 from worker.telemetry import tracing
 from worker.telemetry.logs import set_up_logs
@@ -159,6 +160,8 @@ class WorkerProcess:
             self._declared_dead = True
             if self._engine is not None:
                 self._engine.stop()
+        elif (news := read_news(line)) is not None and self._engine is not None:
+            self._engine.tell_reclaimed(news.dead, news.detector, news.tasks)
 
     def _complain(self, sentence: str) -> int:
         self._pipe.send(complaint_line(sentence))

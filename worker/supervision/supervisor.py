@@ -27,6 +27,7 @@ import secrets
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ from worker.supervision import children
 from worker.supervision.children import Backoff, Child, Exit
 from worker.supervision.heartbeat import Heartbeat
 from worker.supervision.liveness import Detector, Undertaker, Verdict
-from worker.supervision.pipe import EXIT_CONFIG, EXIT_DRAINED, Briefing
+from worker.supervision.pipe import EXIT_CONFIG, EXIT_DRAINED, Briefing, News
 from worker.telemetry.logs import LogFormat
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ STOP_SECONDS = 2.0
 """From telling children to stop until they are killed."""
 SETTLE_SECONDS = 5.0
 """How long the last obituaries are waited for at the end; after that, other observers see to them."""
+MOST_UNTOLD = 100
+"""Dead workers that are remembered until a child is ready to be told of them."""
 PULSE_SECONDS = 0.5
 ALIVE_SECONDS = 10.0
 
@@ -135,6 +138,7 @@ class Supervisor:
         self._on_reclaim = on_reclaim or (lambda _detector, _tasks: None)
         self._log_format: LogFormat = log_format
         self._children: dict[int, Child] = {}
+        self._untold: deque[News] = deque(maxlen=MOST_UNTOLD)
         self._was_ready = False
         self._ending = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -319,6 +323,7 @@ class Supervisor:
     def _note_ready(self, child: Child) -> None:
         self._was_ready = True
         self._emit("ready", child.worker_id, child.pid)
+        self._tell_news()
 
     def _note_beat(self, known: set[int]) -> None:
         for child in self._children.values():
@@ -333,6 +338,13 @@ class Supervisor:
     def _note_reclaim(self, worker_id: int, detector: Detector, tasks: int) -> None:
         self._on_reclaim(detector, tasks)
         self._emit("reclaimed", worker_id, None, detector)
+        self._untold.append(News(worker_id, detector, tasks))
+        self._tell_news()
+
+    def _tell_news(self) -> None:
+        """Tell one child of dead workers: hooks are user code, which runs in children only. It waits for one that is ready."""
+        while self._untold and any(child.tell(self._untold[0]) for child in self._children.values()):
+            self._untold.popleft()
 
     def _emit(
         self, kind: EventKind, worker_id: int | None = None, pid: int | None = None, detail: str = ""
