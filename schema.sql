@@ -1868,7 +1868,7 @@ $$;
 -- cancellation of its parent, or is blocked in that, does so by itself, and another one is made.
 create function stepwell.call_child_v1(
     of_task bigint, of_run uuid, at_path int[], workflow text, version text, on_queue text, input json,
-    is_counted boolean, is_detached boolean, is_begun boolean, deadline float8, trace text)
+    is_counted boolean, is_detached boolean, is_begun boolean, deadline float8, trace text default null)
 returns void
     language plpgsql
     set search_path = pg_catalog, stepwell, pg_temp

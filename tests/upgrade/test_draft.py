@@ -26,7 +26,7 @@ def test_a_draft_of_changed_functions_makes_what_schema_sql_makes(
     whole = changed(
         schema.schema_sql(),
         ("perform pg_notify('stepwell', on_queue);", "perform pg_notify('stepwell', upper(on_queue));"),
-        ("payload json default 'null') returns boolean", "payload json default 'null', trace text default null) returns boolean"),
+        ("trace text default null) returns boolean", "trace text default null, colour text default null) returns boolean"),
         ("-- Ask for the end of a run", ADDED + "-- Ask for the end of a run"),
         ("stepwell.signal, stepwell.cancel,", "stepwell.signal, stepwell.cancel, stepwell.added,"),
         (PAUSE, PAUSE_IN_PLPGSQL),
@@ -36,7 +36,7 @@ def test_a_draft_of_changed_functions_makes_what_schema_sql_makes(
         want = catalog(fresh)
     text = draft(catalog(db), want, whole, 99)
     assert "TO DO" not in text
-    assert "alter function stepwell.signal(uuid,text,json) set schema stepwell_before_99;" in text
+    assert "alter function stepwell.signal(uuid,text,json,text) set schema stepwell_before_99;" in text
     assert "alter function stepwell.pause(uuid) set schema stepwell_before_99;" in text
     assert "create or replace function stepwell.ring(" in text
     db.execute(text.encode())
@@ -69,12 +69,12 @@ $$;
 def test_a_draft_says_what_it_leaves_to_a_person(db: Connection, empty_database_url: str) -> None:
     whole = changed(
         schema.schema_sql(),
-        ("    trace       text,\n", "    trace       text not null default '',\n"),
+        ("    seed        uuid, ", "    seed        uuid not null default gen_random_uuid(), "),
         ("create index tasks_due ", "create index tasks_soon "),
     )
     with connect(empty_database_url, application_name="test") as fresh:
         fresh.execute(whole.encode())
         want = catalog(fresh)
     left = [line for line in draft(catalog(db), want, whole, 99).splitlines() if "TO DO" in line]
-    for thing in ("column runs.trace", "index stepwell.tasks_due", "index stepwell.tasks_soon"):
+    for thing in ("column runs.seed", "index stepwell.tasks_due", "index stepwell.tasks_soon"):
         assert any(line.startswith(f"-- TO DO: {thing}: ") for line in left), thing

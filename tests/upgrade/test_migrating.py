@@ -410,12 +410,12 @@ def test_any_number_of_migrates_upgrade_once(old_url: str) -> None:
 
 # -- a function whose parameters or language change ----------------------------------------------------
 
-SIGNAL = "stepwell.signal(uuid, text, json)"
+SIGNAL = "stepwell.signal(uuid, text, json, text)"
 ANEW = """
-    create function stepwell.signal(run uuid, name text, payload json default 'null', trace text default null)
+    create function stepwell.signal(run uuid, name text, payload json default 'null', trace text default null, colour text default null)
     returns boolean language plpgsql security definer
         set search_path = pg_catalog, stepwell, pg_temp
-    as $$ begin return trace is not null; end $$;
+    as $$ begin return colour is not null; end $$;
     revoke all on function stepwell.signal from public;
     """
 MANY_SIGNALS = """
@@ -457,20 +457,20 @@ def test_a_statement_goes_on_with_the_function_that_it_has_begun_with(
 ) -> None:
     home = f"stepwell_before_{schema.SCHEMA_VERSION + 1}"
     aside = f"create schema {home}; alter function {SIGNAL} set schema {home};"
-    release_next(monkeypatch, [migration("trace", aside + ANEW)])
+    release_next(monkeypatch, [migration("colour", aside + ANEW)])
     assert many_calls(db, database_url, MANY_SIGNALS) == 60
     assert db.execute("select count(*) from stepwell.signals").fetchone() == (20,)
     run = db.execute("select id from stepwell.runs").fetchone()
     assert run is not None
     assert db.execute("select stepwell.signal(%s, 'go')", run).fetchone() == (False,)
-    assert db.execute("select stepwell.signal(%s, 'go', trace => '00-1')", run).fetchone() == (True,)
+    assert db.execute("select stepwell.signal(%s, 'go', colour => 'red')", run).fetchone() == (True,)
 
 
 def test_dropped_under_it_the_function_would_fail(
     database_url: str, db: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which is why it is set aside: see CONTRIBUTING.md."""
-    release_next(monkeypatch, [migration("trace", f"drop function {SIGNAL};" + ANEW)])
+    release_next(monkeypatch, [migration("colour", f"drop function {SIGNAL};" + ANEW)])
     with pytest.raises(psycopg.Error, match=r"cache lookup failed for function|does not exist"):
         many_calls(db, database_url, MANY_SIGNALS)
 
