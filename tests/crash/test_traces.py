@@ -77,7 +77,11 @@ def test_a_run_that_was_interrupted_and_resumed_on_another_worker_is_one_trace(
         with workers.gate("before-pack"):
             run = workers.enqueue("ship", order=7) if by_whom == "SQL" else enqueued()
             workers.reached("before-pack")
-            wait_until(lambda: collector.spans.named("step pick"), what="the first step's span")
+            # What a process has not exported yet dies with it.
+            wait_until(
+                lambda: {"claim ship", "step pick", "commit"} <= collector.spans.names().keys(),
+                what="the spans of the first step",
+            )
             held = workers.holder(run)
             workers.kill(held, "tree")
         workers.wait_for(run, "succeeded")
