@@ -10,7 +10,8 @@ supplier cannot: after a crash in the transfer the run is blocked, and a person 
     stepwell runs resolve RUN 2 --value '"sent on Monday, seen on the account"'
     stepwell runs retry RUN
 
-`resolve` says how the step at path 2 ended, and it is not executed again; `retry` executes it again.
+`resolve` says how the step at path 2 ended, and it is not executed again; `retry` executes it again. Whoever is on call is
+told by a hook for events, in the worker process in which it happens.
 """
 
 import tempfile
@@ -19,7 +20,18 @@ from pathlib import Path
 
 from tenacity import stop_after_attempt, wait_fixed
 
-from worker import NOT_DONE, Permanent, RetryAfter, StepFailed, current_step, retrying, step, workflow
+from worker import (
+    NOT_DONE,
+    Permanent,
+    RetryAfter,
+    StepFailed,
+    current_step,
+    events,
+    on_event,
+    retrying,
+    step,
+    workflow,
+)
 
 PROVIDER = Path(tempfile.gettempdir(), "stepwell-example-payments")
 """Stands for the card provider: a directory with a file for each payment, named by its idempotency key."""
@@ -86,3 +98,10 @@ async def settle_invoice(invoice: Invoice) -> str:
         return await transfer(invoice)
     except StepFailed as failed:
         return f"not transferred: {failed.message}"
+
+
+@on_event
+def call_somebody(event: events.Event) -> None:
+    """Stands for a pager, a chat channel, or an error tracker."""
+    if isinstance(event, events.RunBlocked):
+        print(f"pager: {event.workflow} {event.run_id} needs a person: {event.reason}")

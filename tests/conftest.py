@@ -85,10 +85,13 @@ def empty_database_url(
 
 
 @pytest.fixture(autouse=True)
-def _quick_polls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _quick_polls(request: pytest.FixtureRequest) -> Iterator[None]:
     """Behind a pooler workers are not rung for; have those that go by the environment look often."""
-    if request.config.getoption("--pgbouncer") and TIER in request.path.parents:
-        monkeypatch.setenv("STEPWELL_POLL_SECONDS", "0.1")
+    # Not the fixture: what a test patches by that one has to be put right before its other fixtures end.
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("--pgbouncer") and TIER in request.path.parents:
+            patch.setenv("STEPWELL_POLL_SECONDS", "0.1")
+        yield
 
 
 def _by_way_of(pooler: Pooler | None, request: pytest.FixtureRequest, url: str) -> str:

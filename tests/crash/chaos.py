@@ -28,11 +28,11 @@ from psycopg.types.json import Json
 
 from tests import postgres
 from tests.crash import checker
-from tests.crash.chaos_flows import PLANS, SHARES
 from tests.crash.checker import Verdict
 from tests.crash.faults import FAULTS, Aim, Fault, Scene, survives
 from tests.crash.fleet import ROOT, Fleet, Held
 from tests.crash.ledger import Ledger
+from tests.crash.plans import PLANS, SHARES
 from tests.crash.proxy import Proxy
 from tests.waiting import wait_until
 

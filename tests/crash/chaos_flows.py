@@ -1,6 +1,6 @@
 """What a chaos run executes: short and long runs, retries, sleeps, joins, children, signals, each kind of step and policy.
 
-Each step tells the ledger that it starts and that it has taken effect; `PLANS` says which steps a run has to have
+Each step tells the ledger that it starts and that it has taken effect; `tests.crash.plans` says which steps a run has to have
 completed.
 """
 
@@ -15,8 +15,8 @@ from typing import Any
 import psycopg
 import tenacity
 
-from tests.crash.checker import Plan
 from tests.crash.ledger import report, report_async
+from tests.crash.plans import MANY
 from worker import (
     NOT_DONE,
     call,
@@ -35,7 +35,6 @@ from worker import (
 HOME = Path(os.environ.get("STEPWELL_TEST_HOME", "."))
 TAKES_SECONDS = 0.03
 """A step takes up to seven times as long, so that there is something in flight whenever something strikes."""
-MANY = 20
 
 _patient = retrying(stop=tenacity.stop_after_attempt(50), wait=tenacity.wait_random(0.0, 1.4))
 
@@ -164,22 +163,3 @@ async def waiting(n: int) -> Any:
     await greet(n)
     said = await wait_signal("go")
     return [said, book(n)]
-
-
-PLANS: dict[str, Plan] = {
-    "short": lambda _: ["greet", "book"],
-    "plain": lambda _: ["count", "book"],
-    "long": lambda _: ["greet", "count"] * MANY + ["book"],
-    "stumbling": lambda _: ["stumble"] * 3,
-    "sleepy": lambda _: ["greet", "book"],
-    "careful": lambda _: ["pay", "fire"],
-    "fanning": lambda _: ["greet", "count", "book"] + ["greet"] * MANY + ["count"],
-    "parent": lambda _: ["count"],
-    "waiting": lambda _: ["greet", "book"],
-}
-
-SHARES = {
-    "short": 30, "plain": 15, "long": 3, "stumbling": 12, "sleepy": 12, "careful": 8, "fanning": 4, "parent": 8,
-    "waiting": 8,
-}  # fmt: skip
-"""How many of a hundred runs are of which workflow."""

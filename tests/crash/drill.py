@@ -38,12 +38,12 @@ from psycopg_pool import PoolTimeout
 from outbox import Client, schema
 from outbox.database import connect
 from tests.crash import checker
-from tests.crash.chaos_flows import PLANS, SHARES
 from tests.crash.checker import Verdict
 from tests.crash.faults import FENCED
 from tests.crash.fleet import ROOT, Fleet
 from tests.crash.ledger import Fact, Ledger
 from tests.crash.patroni import FAILED_OVER_SECONDS, HighlyAvailable, Replication, Unavailable, held_back
+from tests.crash.plans import PLANS, SHARES
 from tests.waiting import wait_until
 
 APP = ROOT / "tests" / "crash" / "chaos_flows.py"

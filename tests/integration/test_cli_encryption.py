@@ -162,7 +162,8 @@ def test_what_is_shown_is_opened_with_the_key_and_told_of_without(
     blind = stepwell("runs", "export", run, "--output", "runs.jsonl")
     assert blind.exit_code == 0
     assert SECRET not in (tmp_path / "runs.jsonl").read_text(), "an export stays sealed"
-    assert stepwell("replay", "flows.py", "--file", "runs.jsonl").exit_code == 0
+    replayed = stepwell("replay", "flows.py", "--file", "runs.jsonl")
+    assert replayed.exit_code == 0, replayed.output
     assert stepwell("replay", "flows.py", "--since", "1h").exit_code == 0
     refused = stepwell("replay", "flows.py", "--file", "runs.jsonl", env=without_keys())
     assert refused.exit_code == 1

@@ -353,7 +353,10 @@ def test_payment_that_nobody_can_ask_for_waits_for_a_person(
         stepwell.run_until_idle()
     with pytest.raises(RunBlocked):
         run.result()
-    assert printed() == ["bank: 900 to ACME"]
+    assert printed() == [
+        "bank: 900 to ACME",
+        f"pager: settle_invoice {run.id} needs a person: held after an interruption",
+    ]
     if how == "resolve":
         stepwell.client.resolve(run.id, "2", "seen on the account")
     else:

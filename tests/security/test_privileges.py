@@ -26,7 +26,7 @@ INTERNAL = frozenset(
     {
         "new_id", "ring", "claimed_as", "wake", "standing", "undone", "at_or_after", "reopen", "has_come_to",
         "comes_after", "resume_calls", "noted_cancelled", "is_cancelled", "has_only_continued", "beyond", "family_of", "refuse_forgotten", "forgotten_fault", "poisoned", "has_mail",
-        "size_of", "fits",
+        "size_of", "fits", "require_trace",
     }
 )  # fmt: skip
 """What the others are made of."""

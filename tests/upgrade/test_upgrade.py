@@ -27,9 +27,9 @@ from outbox import migrations, schema
 from outbox.database import connect
 from tests.crash import checker
 from tests.crash.chaos import APP, Load
-from tests.crash.chaos_flows import PLANS
 from tests.crash.fleet import ROOT, Fleet, children_of
 from tests.crash.ledger import Ledger
+from tests.crash.plans import PLANS
 from tests.postgres import Cluster
 from tests.upgrade import previous
 from tests.upgrade.catalog import catalog, differences

@@ -21,6 +21,7 @@ import asyncio
 import secrets
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NamedTuple
 
@@ -126,10 +127,16 @@ class Transactions:
         source = self._sources.of(kind)
 
         def concluded(value: Any) -> Documents:
-            async def conclude() -> Documents:
-                return attempt.concluded(value)
+            documents = Future[Documents]()
 
-            return asyncio.run_coroutine_threadsafe(conclude(), loop).result()
+            def conclude() -> None:
+                try:
+                    documents.set_result(attempt.concluded(value))
+                except BaseException as error:  # noqa: BLE001 - it belongs to the thread that waits
+                    documents.set_exception(error)
+
+            loop.call_soon_threadsafe(conclude)
+            return documents.result()
 
         def work() -> Committed:
             with (
