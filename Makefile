@@ -37,10 +37,18 @@ test: setup ## Run all tests but the slow ones
 # On this version what the integration tests test goes through a PgBouncer, where there is one: so that happens once with
 # each change, and takes no time of its own.
 POOLED := 15
+# Of these only what is mostly SQL is tested: for versions between two that are tested whole.
+BRIEFLY ?=
+SQL_TESTS := tests/upgrade $$(ls tests/integration/test_{protocol,schema,enqueue,plans,forget,repairs,exporter,idle}*.py)
 
 versions: setup ## Run the tests that need a database on the other versions of Postgres that are here, once through PgBouncer
 	export STEPWELL_PROGRAMS=$${STEPWELL_PROGRAMS:-50}; \
 	for version in $$($(BIN)/python -m tests.postgres); do \
+		if [[ " $(BRIEFLY) " = *" $$version "* ]]; then \
+			echo "on Postgres $$version, briefly"; \
+			$(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow' --postgres $$version $(SQL_TESTS) $(ARGS); \
+			continue; \
+		fi; \
 		through=; \
 		if [ "$$version" = $(POOLED) ] && PATH="$$PATH:/usr/sbin" command -v pgbouncer >/dev/null; then through=--pgbouncer; fi; \
 		echo "on Postgres $$version $${through:+through PgBouncer}"; \
