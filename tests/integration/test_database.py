@@ -27,6 +27,10 @@ from outbox.pools import async_pool, pool
 from tests.postgres import Cluster
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.direct(
+    "it makes connections of every kind and breaks them; test_pooler.py has those of a pooler"
+)
+
 Connection = psycopg.Connection[TupleRow]
 
 NOWHERE = "postgresql://postgres@/postgres?host=/nonexistent"

@@ -741,6 +741,7 @@ async def _is(lab: Lab, run: Any, state: str) -> bool:
     return (await lab.run(run)).state == state
 
 
+@pytest.mark.direct("the kit refuses a pooler: its database is a test's own")
 def test_the_testing_kit_traces_with_the_provider_of_the_test(
     database_url: str, memory: Memory, application: Any
 ) -> None:
