@@ -1569,7 +1569,9 @@ begin
         + case when t.cancelling then 4 else 0 end + case when t.paused then 8 else 0 end
         order by x.i)
     into verdicts
-    from unnest(items) x left join tasks t on t.id = any (locking) and t.id = x.task;
+    -- Not by its id alone: a database that was put back, from a backup or by a failover that lost something, gives ids of
+    -- tasks once more, maybe to a worker that still executes what had this one before.
+    from unnest(items) x left join tasks t on t.id = any (locking) and t.id = x.task and t.run_id = x.run_id;
 
     -- A resend whose row went on or is gone: the history knows whether it was applied (I10).
     if verdicts && array[0, 4, 8, 12] then

@@ -35,7 +35,7 @@ from outbox.queries import load
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 OLDEST_SERVER = 15  # what the tests cover
 MIGRATE_LOCK_KEY = 0x5745_4C4C_5354_4550  # "WELLSTEP"
 PATIENCE_SECONDS = 60.0

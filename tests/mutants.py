@@ -85,6 +85,13 @@ FENCE = [
         *integration("protocol_fence", "a_claim_that_was_reclaimed_writes_nothing"),
     ),
     mutant(
+        "fence (I8)", "without the run", SCHEMA,
+        "left join tasks t on t.id = any (locking) and t.id = x.task and t.run_id = x.run_id;",
+        "left join tasks t on t.id = any (locking) and t.id = x.task;",
+        *WRONG_FENCE,
+        *integration("protocol_fence", "a_claim_of_a_run_that_a_restore_has_taken_away_writes_nothing_over_one_with_its_id"),
+    ),
+    mutant(
         "fence (I8)", "without the position", SCHEMA,
         "case when t.position > x.position then 2 when t.position < x.position then 0\n",
         "case when false then 0\n",

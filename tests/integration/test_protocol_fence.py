@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+from uuid import UUID
 
 import psycopg
 import pytest
@@ -17,7 +19,7 @@ def another_worker(lab: Lab, worker: Worker, writing: Writing) -> list[int]:
     return lab.worker().flush(writing)
 
 
-def wrong(**change: int) -> Callable[[Lab, Worker, Writing], list[int]]:
+def wrong(**change: Any) -> Callable[[Lab, Worker, Writing], list[int]]:
     def send(lab: Lab, worker: Worker, writing: Writing) -> list[int]:
         for name, value in change.items():
             setattr(writing.transition, name, value)
@@ -32,6 +34,7 @@ STALE = {
     "earlier attempt": wrong(attempt=0),
     "position ahead": wrong(position=1),
     "task": wrong(task=-1),
+    "run": wrong(run_id=UUID(int=1)),
 }
 
 
@@ -62,6 +65,27 @@ def test_a_claim_that_was_reclaimed_writes_nothing(lab: Lab, then: str) -> None:
     assert stale.flush(getattr(held, then)(held.record(1))) == [FENCED]
     assert lab.snapshot() == before
     assert lab.history(run) == []
+
+
+@pytest.mark.parametrize("then", ["move", "park", "release", "finish"])
+def test_a_claim_of_a_run_that_a_restore_has_taken_away_writes_nothing_over_one_with_its_id(
+    lab: Lab, then: str
+) -> None:
+    """Put back, a database gives the ids of tasks once more: to other runs, and maybe to the worker that had them."""
+    lab.enqueue()
+    worker = lab.worker()
+    gone = worker.take()
+    lab.db.execute("delete from stepwell.tasks")
+    lab.db.execute("delete from stepwell.runs")
+    lab.db.execute("select setval('stepwell.tasks_id_seq', %s, false)", [gone.task])
+    (run,) = lab.enqueue()
+    held = worker.take()
+    assert (held.task, held.attempt, held.position) == (gone.task, gone.attempt, gone.position)
+    before = lab.snapshot()
+    assert worker.flush(getattr(gone, then)(gone.record(1))) == [FENCED]
+    assert lab.snapshot() == before
+    assert worker.flush(held.finish(held.record(1))) == [APPLIED]
+    assert lab.state(run) == "succeeded"
 
 
 def test_a_fenced_transition_does_not_stop_the_others_of_its_flush(lab: Lab) -> None:
