@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import psycopg
@@ -279,6 +280,19 @@ def test_a_database_that_cannot_be_reached_is_one_sentence_with_status_1(
     assert result.exit_code == 1
     assert "cannot be used" in one(result)
     assert "secret" not in result.stderr
+
+
+@pytest.mark.direct  # who it reached behind a pooler is a matter of the pooler
+@pytest.mark.usefixtures("published")
+def test_a_database_that_takes_no_writes_is_one_sentence_with_status_1(
+    stepwell: Run, database_url: str, db: Db
+) -> None:
+    name = urlsplit(database_url).path.removeprefix("/")
+    db.execute(f"alter database {name} set default_transaction_read_only = on".encode())
+    result = stepwell("enqueue", "welcome", LEAD)
+    assert result.exit_code == 1
+    assert one(result).startswith("stepwell: the database takes no writes here (cannot execute INSERT")
+    assert count(db) == 0
 
 
 def test_a_url_that_is_none_is_one_sentence_with_status_2(stepwell: Run) -> None:

@@ -53,6 +53,13 @@ def told(error: Exception) -> Told | None:
                 "counts what workers and clients take",
                 FAILED,
             )
+        case psycopg.errors.ReadOnlySqlTransaction():
+            said = error.diag.message_primary or one_line(error)
+            return Told(
+                f"the database takes no writes here ({said}): is it a standby, or does `show default_transaction_read_only` "
+                "say on?",
+                FAILED,
+            )
         case psycopg.OperationalError():  # cannot be reached, refuses, restarts, is out of something
             return Told(f"the database cannot be used: {one_line(error)}", FAILED)
         case psycopg.DataError():
