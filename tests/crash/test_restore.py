@@ -47,9 +47,14 @@ class Backup:
         self._cluster.execute(f"create database {beside} template template0")
         self._run("pg_restore", "--exit-on-error", f"--dbname={self._cluster.url(beside)}", str(self._file))
         # Who comes meanwhile is refused, and tries again.
+        lost = f"{self._name}_lost"
         self._cluster.execute(f"alter database {self._name} with allow_connections false")
-        self._cluster.execute(f"drop database {self._name} with (force)")
+        self._cluster.execute(
+            f"select pg_terminate_backend(pid, 10000) from pg_stat_activity where datname = '{self._name}'"
+        )
+        self._cluster.execute(f"alter database {self._name} rename to {lost}")
         self._cluster.execute(f"alter database {beside} rename to {self._name}")
+        self._cluster.execute(f"drop database {lost}")
 
     def _run(self, program: str, *arguments: str) -> None:
         command = [str(postgres.binaries(self._cluster.version) / program), *arguments]
