@@ -1492,7 +1492,7 @@ create type stepwell.transition_v1 as (
     task bigint, attempt int, "position" int,
     run_id uuid, epoch int,
     "then" text,
-    doing int[],
+    doing int[],           -- the call that the run is at; of a call that is a task of its own, its path
     records int,           -- how many records belong to it
     delay float8,          -- park: seconds from now, or
     until timestamptz,     -- park: not before
@@ -1570,8 +1570,9 @@ begin
         order by x.i)
     into verdicts
     -- Not by its id alone: a database that was put back, from a backup or by a failover that lost something, gives ids of
-    -- tasks once more, maybe to a worker that still executes what had this one before.
-    from unnest(items) x left join tasks t on t.id = any (locking) and t.id = x.task and t.run_id = x.run_id;
+    -- tasks once more, maybe to a worker that still executes what had this one before: another run, or another call.
+    from unnest(items) x left join tasks t on t.id = any (locking) and t.id = x.task and t.run_id = x.run_id
+        and (x.parent is null or x.doing is null or t.path = x.doing);
 
     -- A resend whose row went on or is gone: the history knows whether it was applied (I10).
     if verdicts && array[0, 4, 8, 12] then

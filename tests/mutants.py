@@ -86,10 +86,15 @@ FENCE = [
     ),
     mutant(
         "fence (I8)", "without the run", SCHEMA,
-        "left join tasks t on t.id = any (locking) and t.id = x.task and t.run_id = x.run_id;",
-        "left join tasks t on t.id = any (locking) and t.id = x.task;",
+        "left join tasks t on t.id = any (locking) and t.id = x.task and t.run_id = x.run_id\n",
+        "left join tasks t on t.id = any (locking) and t.id = x.task\n",
         *WRONG_FENCE,
         *integration("protocol_fence", "a_claim_of_a_run_that_a_restore_has_taken_away_writes_nothing_over_one_with_its_id"),
+    ),
+    mutant(
+        "fence (I8)", "without the call", SCHEMA,
+        "and (x.parent is null or x.doing is null or t.path = x.doing);", ";",
+        *integration("protocol_fence", "a_claim_of_a_call_writes_nothing_over_another_one_that_got_its_id_in_a_restore"),
     ),
     mutant(
         "fence (I8)", "without the position", SCHEMA,

@@ -129,6 +129,8 @@ class Held:
         **more: Any,
     ) -> Writing:
         """Return a transition; `more` are fields of it."""
+        if self.claim.parent is not None:
+            more["doing"] = self.claim.path
         transition = Transition(
             self.task, self.attempt, self.position, self.run, self.claim.epoch or 0, then, self.wakeups,
             parent=self.claim.parent, **more,

@@ -1,4 +1,4 @@
--- Purpose: a transition counts for a task only if that is of the same run. A database that was put back gives ids of tasks
+-- Purpose: a transition counts for a task only if that is of the same run, and of the same call. A database that was put back gives ids of tasks
 --   once more; a worker that was at work meanwhile could have written the end of a run that is gone over that of another.
 -- Transaction: one.
 -- Locks: none.
@@ -54,8 +54,9 @@ begin
         order by x.i)
     into verdicts
     -- Not by its id alone: a database that was put back, from a backup or by a failover that lost something, gives ids of
-    -- tasks once more, maybe to a worker that still executes what had this one before.
-    from unnest(items) x left join tasks t on t.id = any (locking) and t.id = x.task and t.run_id = x.run_id;
+    -- tasks once more, maybe to a worker that still executes what had this one before: another run, or another call.
+    from unnest(items) x left join tasks t on t.id = any (locking) and t.id = x.task and t.run_id = x.run_id
+        and (x.parent is null or x.doing is null or t.path = x.doing);
 
     -- A resend whose row went on or is gone: the history knows whether it was applied (I10).
     if verdicts && array[0, 4, 8, 12] then

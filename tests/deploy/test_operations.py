@@ -8,6 +8,7 @@ from pathlib import Path
 from outbox.settings import Settings
 from tests.deploy.stops import longest_stop_seconds
 from tests.integration import test_connections as connections
+from worker.engine.reports import LONG_HISTORY
 from worker.supervision import systemd
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -49,5 +50,9 @@ def test_the_times_are_those_of_the_supervisor() -> None:
     beside = longest_stop_seconds(settings.grace_seconds) - settings.grace_seconds
     assert f"the grace time and at most {beside:g} seconds more" in TEXT
     assert f"`STEPWELL_GRACE_SECONDS` ({settings.grace_seconds:g})" in TEXT
+    assert f"`STEPWELL_HANG_AFTER_SECONDS` ({settings.hang_after_seconds:g})" in TEXT
+    assert f"Above {LONG_HISTORY:,} records a worker warns" in TEXT
+    assert settings.poison_after == 3
+    assert "after three of these it is blocked as *PoisonStep*" in TEXT
     assert systemd.NOT_CLAIMING_SECONDS == 300
     assert "claims for five minutes" in " ".join(TEXT.split())

@@ -9,7 +9,7 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from tests.protocol import ALREADY, APPLIED, FENCED, Db, Held, Lab, Worker, meanwhile
+from tests.protocol import ALREADY, APPLIED, FENCED, Db, Held, Lab, Worker, meanwhile, step_at
 from worker.engine.transitions import Transition, Writing
 
 # -- the fence ---------------------------------------------------------------------------------------
@@ -86,6 +86,26 @@ def test_a_claim_of_a_run_that_a_restore_has_taken_away_writes_nothing_over_one_
     assert lab.snapshot() == before
     assert worker.flush(held.finish(held.record(1))) == [APPLIED]
     assert lab.state(run) == "succeeded"
+
+
+def test_a_claim_of_a_call_writes_nothing_over_another_one_that_got_its_id_in_a_restore(lab: Lab) -> None:
+    """Of one run, whose join was lost and is made again: in it, the calls get the ids of each other."""
+    lab.enqueue()
+    worker = lab.worker("w", "step:send")
+    held = worker.take()
+    worker.apply(held, held.park(extras=[step_at(1, 1, 1), step_at(1, 2, 1)]))
+    gone = worker.claim(2)
+    ids = {call.task for call in gone}
+    for then, now in (([1, 1, 1], [9]), ([1, 2, 1], [1, 1, 1]), ([9], [1, 2, 1])):
+        lab.db.execute("update stepwell.tasks set path = %s::int[] where path = %s::int[]", (now, then))
+    before = lab.snapshot()
+    for call in gone:
+        assert worker.flush(call.done(call.record(*call.claim.path))) == [FENCED]
+        assert worker.flush(call.park(call.record(*call.claim.path, n=1, outcome="failed"), delay=1.0)) == [
+            FENCED
+        ]
+    assert lab.snapshot() == before
+    assert {row[0] for row in lab.rows("select id from stepwell.tasks where path > '{}'")} == ids
 
 
 def test_a_fenced_transition_does_not_stop_the_others_of_its_flush(lab: Lab) -> None:

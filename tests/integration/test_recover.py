@@ -83,6 +83,9 @@ def test_a_family_goes_when_its_last_member_has_ended(lab: Lab) -> None:
     assert worker.flush(held.finish(family=True)) == [1]
     assert delete(lab) == 0  # … or has ended now
     backdate(lab, parent, 100)
+    lab.db.execute("update stepwell.runs set state = 'blocked' where id = %s", (parent,))
+    assert delete(lab) == 0  # a person may have it go on
+    lab.db.execute("update stepwell.runs set state = 'succeeded' where id = %s", (parent,))
     lab.db.execute("update stepwell.runs set state = 'open', finished_at = null where id = %s", (child,))
     assert delete(lab) == 0  # a child that goes on
     lab.db.execute(

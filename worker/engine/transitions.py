@@ -151,7 +151,7 @@ class Transition(msgspec.Struct, omit_defaults=True, gc=False):
     """One transition, as `flush_v1` reads it, with its fence: (task, attempt, the flushing worker, position).
 
     `seen` is the seq of the history that the drive knew; `strict`: apply only if that was all of it. `parent` is the
-    run's own task where this one is that of a call. `records` and `i` are set when it is sent.
+    run's own task where this one is that of a call, and `doing` its path then. `records` and `i` are set when it is sent.
     """
 
     task: int
@@ -217,8 +217,9 @@ def applied_timer(claim: Claim) -> Writing:
     said = msgspec.json.decode(claim.args or "", type=_TimerRecord)
     record = RecordRow(claim.path, 0, said.kind, said.name, said.outcome, claim.now, error=said.error)
     transition = Transition(
-        claim.task, claim.attempt, claim.position, claim.run_id, claim.epoch, "done", 0, parent=claim.parent
-    )
+        claim.task, claim.attempt, claim.position, claim.run_id, claim.epoch, "done", 0, claim.path,
+        parent=claim.parent,
+    )  # fmt: skip
     return Writing(transition, (record,))
 
 

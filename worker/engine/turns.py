@@ -320,6 +320,8 @@ class Standing:
             claim.task, claim.attempt, self._position, claim.run_id, claim.epoch, then, claim.wakeups, doing,
             delay, until, self._seq, turn.strict, claim.parent, awaits, turn.took,
         )  # fmt: skip
+        if claim.parent is not None:
+            transition.doing = claim.path  # a part of the fence
         if self.cancelled:
             transition.cancelled = True
         if turn.asides:
