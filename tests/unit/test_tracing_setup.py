@@ -106,6 +106,8 @@ def test_what_the_app_has_set_up_is_kept() -> None:
         {"STEPWELL_TRACING": "0"},
         {"OTEL_SDK_DISABLED": "true"},
         {"OTEL_TRACES_EXPORTER": "none"},
+        {"OTEL_TRACES_EXPORTER": "none", "STEPWELL_TRACING": "1"},
+        {"OTEL_SDK_DISABLED": "true", "STEPWELL_TRACING": "1"},
     ],
 )
 def test_it_can_be_turned_off(environment: dict[str, str]) -> None:
@@ -131,6 +133,17 @@ def test_it_can_be_asked_for() -> None:
             "",
             {"OTEL_EXPORTER_OTLP_PROTOCOL": "http/json"},
             "is 'http/json'; http/protobuf and grpc can be spoken",
+        ),
+        ("", {"OTEL_TRACES_EXPORTER": "console"}, "is 'console'; workers send by otlp, or not at all"),
+        (
+            "",
+            {"OTEL_BSP_MAX_QUEUE_SIZE": "100"},
+            "refuses an OTEL_ variable of the environment: max_export_batch_size must be",
+        ),
+        (
+            "",
+            {"OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "-1"},
+            "refuses an OTEL_ variable of the environment: OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT must be",
         ),
         (FOREIGN, {}, "by the OpenTelemetry SDK only, and APP has set up `__main__.Foreign`"),
     ],

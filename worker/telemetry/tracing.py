@@ -43,6 +43,7 @@ Attributes = Mapping[str, str | int | float | bool]
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _HTTP = "http/protobuf"
+_EXPORTERS = "OTEL_TRACES_EXPORTER"
 
 
 class Tracing:
@@ -193,8 +194,7 @@ def of_worker(settings: Settings, worker_id: int) -> Tracing | None:
     if found is not None:
         logger.info("tracing runs with the provider that APP has set up")
         return found
-    exporters = _variable("OTEL_TRACES_EXPORTER") or "otlp"
-    if not settings.tracing and (exporters == "none" or not _first_of(_ENDPOINTS)):
+    if _variable(_EXPORTERS) == "none" or not (settings.tracing or _first_of(_ENDPOINTS)):
         return None
     try:
         return Tracing(_exporting(worker_id))
@@ -208,30 +208,42 @@ def of_worker(settings: Settings, worker_id: int) -> Tracing | None:
 def _exporting(worker_id: int) -> TracerProvider:
     """Set up a provider that sends to an OTLP endpoint, for the whole process. Raises ConfigError."""
     try:
-        from opentelemetry import trace
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        provider = _provider(worker_id)
     except ModuleNotFoundError as error:
         raise ConfigError(
             f'tracing needs more than is installed ({error}): pip install "stepwell[otel]"'
         ) from None
-    present = trace.get_tracer_provider()
-    if not isinstance(present, trace.ProxyTracerProvider):
-        raise ConfigError(
-            f"spans with given ids are made by the OpenTelemetry SDK only, and APP has set up "
-            f"`{type(present).__module__}.{type(present).__qualname__}`"
-        )
-    provider = TracerProvider(resource=Resource.create(_resource(worker_id)))
-    provider.add_span_processor(BatchSpanProcessor(_exporter()))
-    trace.set_tracer_provider(provider)
+    except (ValueError, RuntimeError) as error:  # the SDK reads some of its variables when it is imported
+        raise ConfigError(f"OpenTelemetry refuses an OTEL_ variable of the environment: {error}") from None
     logger.info(
         "tracing runs to %s", without_password(_first_of(_ENDPOINTS)) or "an OTLP endpoint on this machine"
     )
     return provider
 
 
+def _provider(worker_id: int) -> TracerProvider:
+    from opentelemetry import trace
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    present = trace.get_tracer_provider()
+    if not isinstance(present, trace.ProxyTracerProvider):
+        raise ConfigError(
+            f"spans with given ids are made by the OpenTelemetry SDK only, and APP has set up "
+            f"`{type(present).__module__}.{type(present).__qualname__}`"
+        )
+    # What is left `flush` sends. The SDK's own end would wait once more for a collector that hangs.
+    made = TracerProvider(resource=Resource.create(_resource(worker_id)), shutdown_on_exit=False)
+    made.add_span_processor(BatchSpanProcessor(_exporter()))
+    trace.set_tracer_provider(made)
+    return made
+
+
 def _exporter() -> SpanExporter:
+    exporters = _variable(_EXPORTERS) or "otlp"
+    if "otlp" not in (each.strip() for each in exporters.split(",")):
+        raise ConfigError(f"{_EXPORTERS} is {exporters!r}; workers send by otlp, or not at all (none)")
     protocol = _first_of(_PROTOCOLS) or _HTTP
     if protocol == "grpc":
         try:  # not in the extra, so by its name
@@ -245,12 +257,8 @@ def _exporter() -> SpanExporter:
         return made
     if protocol != _HTTP:
         raise ConfigError(f"{_PROTOCOLS[1]} is {protocol!r}; {_HTTP} and grpc can be spoken")
-    try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f'tracing needs more than is installed ({error}): pip install "stepwell[otel]"'
-        ) from None
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
     return OTLPSpanExporter()
 
 
