@@ -233,6 +233,47 @@ async def test_each_try_of_a_step_has_a_span(lab: Lab, memory: Memory) -> None:
     assert (root.failed, root.outcome) == (True, "failed")
 
 
+async def test_whatever_a_step_raises_can_be_sent_and_is_not_large(lab: Lab, memory: Memory) -> None:
+    """What is told of an error is what is recorded of it: a collector is sent neither megabytes nor what is no text."""
+
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("this error says nothing")
+
+    errors = {
+        "no text": lambda: ValueError("a lone \ud800 surrogate"),
+        "large": lambda: ValueError("x" * 5_000_000),
+        "mute": Mute,
+        "exit": lambda: SystemExit(3),
+    }
+    with collecting() as registry:
+
+        @step
+        def broken(kind: str) -> None:
+            raise errors[kind]()
+
+        @workflow
+        async def trying(kind: str) -> None:
+            broken(kind)
+
+    sent = {}
+    async with lab.engine(registry, tracing=memory.tracing()):
+        for kind in errors:
+            memory.clear()
+            run = await lab.enqueue(trying, {"kind": kind})
+            assert (await lab.ended(run)).state == "failed"
+            sent[kind] = memory.spans.one("step broken")
+    for kind, span in sent.items():
+        assert (span.failed, [name for name, _ in span.events]) == (True, ["exception"]), kind
+        told = span.events[0][1]
+        assert sum(len(text.encode()) for text in told.values()) < 20_000, kind
+        assert told["exception.type"] == span.attributes["error.type"]
+    assert sent["no text"].events[0][1]["exception.message"] == "a lone ? surrogate"
+    assert sent["large"].events[0][1]["exception.stacktrace"].startswith("…")
+    assert sent["mute"].attributes["error.type"].endswith("Mute")
+    assert sent["exit"].attributes["error.type"] == "SystemExit"
+
+
 async def test_what_sealed_runs_raise_is_sent_by_its_type_only(lab: Lab, memory: Memory) -> None:
     keys = f"a:{base64.b64encode(bytes(32)).decode()}"
     with collecting() as registry:

@@ -356,7 +356,7 @@ class Claimed:
         if step.step.retry is not None and not final:
             verdict = step.step.retry.decide(failures_of([*executions, failed]), error)
         if self.watch is not None:
-            self.watch.failed(step, error, verdict.seconds if isinstance(verdict, Retry) else None)
+            self.watch.failed(step, error, fault, verdict.seconds if isinstance(verdict, Retry) else None)
         if not isinstance(verdict, Retry):
             return self._concluded(standing.record_step(step, 0, "failed", error=fault))
         wait = verdict.seconds

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import contextvars
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -203,15 +203,14 @@ class ClaimTrace:
         if self._execution is not None:
             self._execution.ended_at = time.time_ns()
 
-    def failed(self, error: BaseException) -> None:
-        """Take note of what the execution under way has raised."""
+    def failed(self, fault: Mapping[str, Any]) -> None:
+        """Take note of how the execution under way has failed, as that is recorded: bounded, and text that can be sent."""
         if self._execution is None:
             return
-        if self._plain:
-            self._execution.span.record_exception(error)
-        else:
-            self._execution.span.add_event("exception", {"exception.type": _name_of(error)})
-        self._tracing.fail(self._execution.span, _name_of(error))
+        told = {"type": "type", "message": "message", "trace": "stacktrace"} if self._plain else {"type": "type"}
+        event = {f"exception.{name}": str(fault[key]) for key, name in told.items() if key in fault}
+        self._execution.span.add_event("exception", event)
+        self._tracing.fail(self._execution.span, str(fault["type"]))
 
     def _execution_span(self, name: str, path: Path, number: int, at: int) -> Span:
         claim = self._claim
@@ -305,10 +304,6 @@ class ClaimTrace:
 
 def _type_of(row: RecordRow) -> str:
     return str((row.error or {}).get("type", row.outcome))
-
-
-def _name_of(error: BaseException) -> str:
-    return type(error).__qualname__
 
 
 def _ns(moment: datetime) -> int:

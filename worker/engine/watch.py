@@ -160,11 +160,16 @@ class Watch:
             self._end(token)
 
     @_unfailing
-    def failed(self, step: DoStep, error: BaseException, wait_seconds: float | None) -> None:
-        """Take note that the execution has failed, and is tried again after so long or not (None); its record comes next."""
+    def failed(
+        self, step: DoStep, error: BaseException, fault: Mapping[str, Any], wait_seconds: float | None
+    ) -> None:
+        """Take note that the execution has failed, and is tried again after so long or not (None).
+
+        Its record, which comes next, has `fault`.
+        """
         self._failure = (step, self._number, error, wait_seconds)
         if self._trace is not None:
-            self._trace.failed(error)
+            self._trace.failed(fault)
 
     @_unfailing
     def sends(self, writing: Writing) -> None:
