@@ -143,10 +143,29 @@ H = TypeVar("H", bound=Callable[[Event], object])
 def on_event(hook: H) -> H:
     """Have a plain function called with every event of the worker processes that load this module.
 
-    Returns the function, so that it can stand as a decorator. Raises ConfigError for what is no plain function.
+    Returns the function, so that it can stand as a decorator. Raises ConfigError for what is no plain function, or cannot
+    be called with one event.
     """
-    given: object = hook
-    if not callable(given) or inspect.iscoroutinefunction(given):
+    if not _is_plain(hook):
         raise ConfigError(f"on_event takes a plain function of one event, got {hook!r}")
     registry().add_hook(hook)
     return hook
+
+
+def _is_plain(given: object) -> bool:
+    """Tell whether calling this with an event does what it has to do; a coroutine or a generator would do nothing."""
+    if not callable(given):
+        return False
+    for called in (given, type(given).__call__):
+        if any(
+            test(called)
+            for test in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+        ):
+            return False
+    try:
+        inspect.signature(given).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # something built in that does not say what it takes
+        return True
+    return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +70,39 @@ def test_a_hook_that_raises_is_told_of_and_the_others_are_called(
     assert said[0].endswith("failing failed at WorkerReclaimed")
 
 
+class _Broken:
+    """A hook that fails, and cannot say what it is."""
+
+    def __call__(self, _: events.Event) -> None:
+        raise ValueError("no")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize("broken", ["the text of a hook", "the logs"])
+def test_what_cannot_be_logged_of_a_hook_ends_no_others(
+    broken: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[events.Event] = []
+
+    def refusing(_: logging.LogRecord) -> bool:
+        raise RuntimeError("no logs")
+
+    log = logging.getLogger("worker.engine.hooks")
+    if broken == "the logs":
+        log.addFilter(refusing)
+    try:
+        with telling(_Broken(), told.append) as started:
+            started.tell(event())
+            started.tell(event())
+    finally:
+        log.removeFilter(refusing)
+    assert len(told) == 2
+    if broken == "the text of a hook":
+        assert "the hook _Broken failed at WorkerReclaimed" in caplog.text
+
+
 def test_nobody_waits_for_a_hook(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(hooks, "MOST_WAITING", 10)
     entered, go_on = threading.Event(), threading.Event()
@@ -100,9 +135,11 @@ def test_a_hook_that_never_returns_holds_up_no_end(caplog: pytest.LogCaptureFixt
         go_on.wait(20)
 
     started = Hooks([stuck])
-    started.tell(event())
+    for _ in range(3):
+        started.tell(event())
     assert entered.wait(20)
     started.close(0.05)
+    assert "at the end 2 events were not told" in caplog.text
     started.close(0.05)
     started.tell(event())
     go_on.set()
@@ -148,7 +185,18 @@ def _made(number: int) -> Any:
 async def _asynchronous(_: events.Event) -> None: ...
 
 
-@pytest.mark.parametrize("hook", [_asynchronous, 17, "tell"])
+def _generating(_: events.Event) -> Iterator[int]:
+    yield 1
+
+
+class _Asynchronous:
+    async def __call__(self, _: events.Event) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [_asynchronous, _generating, _Asynchronous(), functools.partial(_asynchronous), lambda: None, 17, "tell"],
+)
 def test_what_cannot_be_called_plainly_is_refused(hook: Any) -> None:
     with pytest.raises(ConfigError, match="on_event takes a plain function"):
         on_event(hook)

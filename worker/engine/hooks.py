@@ -8,6 +8,7 @@ that never returns keeps no process from ending.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -48,12 +49,14 @@ class Hooks:
             return
         self._closed = True
         deadline = time.monotonic() + seconds
-        try:
+        others = 0
+        with contextlib.suppress(queue.Full):
             self._waiting.put(None, timeout=seconds)
-        except queue.Full:
-            logger.warning("hooks for events are too slow: %d of them are not told", self._waiting.qsize())
-            return
-        self._thread.join(max(0.0, deadline - time.monotonic()))
+            others = 1
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            left = max(0, self._dropped + self._waiting.qsize() - others)
+            logger.warning("hooks for events are too slow: at the end %d events were not told", left)
 
     def _run(self) -> None:
         while (event := self._waiting.get()) is not None:
@@ -61,12 +64,15 @@ class Hooks:
                 self._call(hook, event)
             if self._dropped and self._waiting.empty():
                 dropped, self._dropped = self._dropped, 0
-                logger.warning("hooks for events are too slow: %d events were dropped", dropped)
+                with contextlib.suppress(Exception):
+                    logger.warning("hooks for events are too slow: %d events were dropped", dropped)
 
     @staticmethod
     def _call(hook: Callable[[Event], object], event: Event) -> None:
         try:
             hook(event)
         except BaseException:  # user code: SystemExit must not end the thread
-            name = getattr(hook, "__qualname__", repr(hook))
-            logger.warning("the hook %s failed at %s", name, type(event).__name__, exc_info=True)
+            # Nor must what writes logs, which may be APP's.
+            with contextlib.suppress(Exception):
+                name = getattr(hook, "__qualname__", type(hook).__qualname__)
+                logger.warning("the hook %s failed at %s", name, type(event).__name__, exc_info=True)
