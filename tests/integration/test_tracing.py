@@ -250,7 +250,8 @@ async def test_whatever_a_step_raises_can_be_sent_and_is_not_large(lab: Lab, mem
 
         @step
         def broken(kind: str) -> None:
-            raise errors[kind]()
+            error = errors[kind]()
+            raise error
 
         @workflow
         async def trying(kind: str) -> None:

@@ -104,6 +104,27 @@ def test_whatever_is_added_a_line_is_written(said: Said, value: object) -> None:
     assert said.line["message"] == "packing"
 
 
+class _Textless:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    ("message", "argument", "written"),
+    [
+        ("packed %d", "seven", "packed %d ('seven',)"),
+        ("packed", 7, "packed (7,)"),
+        (_Textless(), 7, "<_Textless> (7,)"),
+    ],
+)
+def test_a_line_is_written_whose_arguments_do_not_fit(
+    said: Said, message: object, argument: object, written: str
+) -> None:
+    said.log.propagate = False  # other handlers do not write it
+    said.log.warning(message, argument)
+    assert said.line["message"] == written
+
+
 def test_a_line_is_one_line(said: Said) -> None:
     said.log.info("first\nsecond\r\x1b[31m")
     assert said.line["message"] == "first\nsecond\r\x1b[31m"

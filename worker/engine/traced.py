@@ -207,7 +207,9 @@ class ClaimTrace:
         """Take note of how the execution under way has failed, as that is recorded: bounded, and text that can be sent."""
         if self._execution is None:
             return
-        told = {"type": "type", "message": "message", "trace": "stacktrace"} if self._plain else {"type": "type"}
+        told = (
+            {"type": "type", "message": "message", "trace": "stacktrace"} if self._plain else {"type": "type"}
+        )
         event = {f"exception.{name}": str(fault[key]) for key, name in told.items() if key in fault}
         self._execution.span.add_event("exception", event)
         self._tracing.fail(self._execution.span, str(fault["type"]))

@@ -70,7 +70,7 @@ class JsonFormatter(logging.Formatter):
             "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds"),
             "level": record.levelname,
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _message_of(record),
             "process": record.process,
         }
         for name, value in vars(record).items():
@@ -87,6 +87,14 @@ class JsonFormatter(logging.Formatter):
 
 
 _encode = msgspec.json.Encoder(enc_hook=repr).encode
+
+
+def _message_of(record: logging.LogRecord) -> str:
+    """Return what a record says; as it was given where the arguments do not fit: `logging` would write no line."""
+    try:
+        return record.getMessage()
+    except Exception:  # noqa: BLE001 - of the arguments' own text
+        return f"{_plain(record.msg)} {_plain(record.args)}"
 
 
 def _plain(value: object) -> str | int | None:
