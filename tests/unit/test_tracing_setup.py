@@ -193,3 +193,28 @@ def test_ids_of_the_application_are_left_alone() -> None:
     assert memory.provider.id_generator is before
     assert theirs.get_span_context().trace_id != 17
     assert ours.get_span_context().span_id == 18
+
+
+DEAF = """
+import socket, sys
+deaf = socket.socket()
+deaf.bind(("127.0.0.1", 0))
+deaf.listen()
+import os
+os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+from outbox.settings import Settings
+from worker.telemetry import tracing
+found = tracing.of_worker(Settings.load(), 4711)
+for _ in range(3):
+    found.start("ended", parent=None, attributes={}).end()
+found.flush(0.1)
+"""
+
+
+def test_a_collector_that_hangs_holds_up_no_end() -> None:
+    """The SDK's own end would wait for as long as its exporter does, a minute here."""
+    done = subprocess.run(
+        [sys.executable, "-c", DEAF], check=False, timeout=25,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OTEL_EXPORTER_OTLP_TIMEOUT": "60"},
+    )  # fmt: skip
+    assert done.returncode == 0
