@@ -184,6 +184,27 @@ def test_spans_have_the_ids_that_are_chosen_and_else_those_of_the_provider() -> 
     assert spans.one("free").trace_id not in {f"{17:032x}", f"{5:032x}"}
 
 
+@pytest.mark.parametrize(
+    ("state", "kept"),
+    [
+        ("vendor=1,tenant@other=a b", "vendor=1,tenant@other=a b"),
+        ("vendor=1, ,", "vendor=1"),
+        ("junk", ""),
+        ("vendor=1,Other=2", ""),
+        (f"vendor={'v' * 257}", ""),
+        (",".join(f"v{n}=1" for n in range(33)), ""),
+        (" ", ""),
+    ],
+)
+def test_a_tracestate_that_is_none_is_dropped_without_a_word(
+    state: str, kept: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracing = Memory().tracing()
+    span = tracing.start("remote", parent=TraceContext(5, 6, 1, state), attributes={})
+    assert tracing.context_of(span).state == kept
+    assert not caplog.records
+
+
 def test_ids_of_the_application_are_left_alone() -> None:
     memory = Memory()
     tracing = memory.tracing()

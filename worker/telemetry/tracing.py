@@ -16,6 +16,7 @@ import copy
 import importlib
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,12 @@ _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _HTTP = "http/protobuf"
 _EXPORTERS = "OTEL_TRACES_EXPORTER"
+_MEMBER = re.compile(
+    r"([a-z][a-z0-9_\-*/]{0,255}|[a-z0-9][a-z0-9_\-*/]{0,240}@[a-z][a-z0-9_\-*/]{0,13})"
+    r"=[ -+\--<>-~]{0,255}[!-+\--<>-~]"
+)
+_MOST_MEMBERS = 32
+"""What a tracestate is made of, and of how many."""
 
 
 class Tracing:
@@ -162,7 +169,10 @@ class _Chosen:
 def _known(context: TraceContext) -> Any:
     from opentelemetry.trace import SpanContext, TraceFlags, TraceState
 
-    state = TraceState.from_header([context.state]) if context.state else None
+    # Another is dropped, as W3C Trace Context says; OpenTelemetry drops it as well, and logs a warning for each claim.
+    members = [each for each in map(str.strip, context.state.split(",")) if each]
+    known = len(members) <= _MOST_MEMBERS and all(map(_MEMBER.fullmatch, members))
+    state = TraceState.from_header([",".join(members)]) if known and members else None
     return SpanContext(context.trace_id, context.span_id, True, TraceFlags(context.flags), state)
 
 
