@@ -77,8 +77,12 @@ def signalling(run: UUID, name: str) -> Iterator[str | None]:
 
 
 def _opentelemetry() -> Any:
-    """Return OpenTelemetry's API if this process has imported it."""
-    return sys.modules.get("opentelemetry.trace")
+    """Return OpenTelemetry's API if this process has imported it; waits for a thread that is at it just now."""
+    if sys.modules.get("opentelemetry.trace") is None:
+        return None
+    import opentelemetry.trace as otel
+
+    return otel
 
 
 @contextmanager

@@ -109,9 +109,10 @@ def _plain(value: object) -> str | int | None:
 
 def _current_span() -> dict[str, str]:
     """Return the ids of the current span, if this process uses OpenTelemetry and there is one."""
-    otel: Any = sys.modules.get("opentelemetry.trace")
-    if otel is None:
+    if sys.modules.get("opentelemetry.trace") is None:
         return {}
+    import opentelemetry.trace as otel  # waits for a thread that imports it just now
+
     known = otel.get_current_span().get_span_context()
     if not known.is_valid:
         return {}
