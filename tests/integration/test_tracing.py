@@ -257,13 +257,11 @@ async def test_whatever_a_step_raises_can_be_sent_and_is_not_large(lab: Lab, mem
         async def trying(kind: str) -> None:
             broken(kind)
 
-    sent = {}
     async with lab.engine(registry, tracing=memory.tracing()):
-        for kind in errors:
-            memory.clear()
-            run = await lab.enqueue(trying, {"kind": kind})
+        runs = {kind: await lab.enqueue(trying, {"kind": kind}) for kind in errors}
+        for run in runs.values():
             assert (await lab.ended(run)).state == "failed"
-            sent[kind] = memory.spans.one("step broken")
+    sent = {kind: memory.spans.of_run(run).one("step broken") for kind, run in runs.items()}
     for kind, span in sent.items():
         assert (span.failed, [name for name, _ in span.events]) == (True, ["exception"]), kind
         told = span.events[0][1]
