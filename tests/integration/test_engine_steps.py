@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -9,11 +11,14 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
+import psycopg
+import pytest
 import pytest_asyncio
 
 from outbox.errors import StepFailed
 from tests.engines import Lab
-from worker import current_run, current_step, step, wait, workflow
+from tests.forks import ended
+from worker import current_run, current_step, step, transaction, wait, workflow
 from worker.definitions import collecting
 
 
@@ -323,3 +328,52 @@ async def test_many_runs_interleave_without_mixing_their_contexts(lab: Lab) -> N
         outputs = await lab.execute("select distinct output::text from stepwell.runs")
     assert len(runs) == 200
     assert outputs == [("true",)]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["def", "transaction", "async"])
+async def test_a_process_that_a_step_forks_ends_with_the_step(lab: Lab, kind: str) -> None:
+    """It would go on as a worker, on the sessions of this one, and take the exit for a failure."""
+    children: list[int] = []
+
+    def fork() -> None:
+        child = os.fork()
+        if not child:
+            sys.exit(3)
+        children.append(child)
+
+    with collecting() as registry:
+
+        @step(name="def")
+        def in_thread() -> None:
+            fork()
+
+        @step(name="async")
+        async def in_loop() -> None:
+            fork()
+
+        @transaction(name="transaction")
+        def writing(connection: psycopg.Connection) -> None:
+            fork()
+            connection.execute("create table written ()")
+
+        @workflow
+        async def flow(kind: str) -> None:
+            match kind:
+                case "def":
+                    in_thread()
+                case "transaction":
+                    writing()
+                case _:
+                    await in_loop()
+
+    async with lab.engine(registry):
+        run = await lab.enqueue(flow, {"kind": kind})
+        await lab.succeeded(run)
+        with ended(children[0]) as status:
+            assert status == 3
+        await lab.succeeded(await lab.enqueue(flow, {"kind": "def"}))  # the sessions are as good as before
+    assert await lab.history(run) == [("1", 0, "completed")]
+    for child in children[1:]:
+        with ended(child) as status:
+            assert status == 3

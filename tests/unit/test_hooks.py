@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from outbox.errors import ConfigError
+from tests.forks import ended
 from tests.waiting import wait_until
 from worker import events, on_event
 from worker.definitions import collecting
@@ -68,6 +70,26 @@ def test_a_hook_that_raises_is_told_of_and_the_others_are_called(
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2
     assert said[0].endswith("failing failed at WorkerReclaimed")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize(("raised", "status"), [(SystemExit(3), 3), (ValueError("no"), 1), (None, 0)])
+def test_a_process_that_a_hook_forks_ends_with_the_hook(raised: BaseException | None, status: int) -> None:
+    """It would call the hooks with what waits for them, as the first one does, and fork again."""
+    children: list[int] = []
+
+    def forking(_: events.Event) -> None:
+        child = os.fork()
+        if child:
+            children.append(child)
+        elif raised is not None:
+            raise raised
+
+    with telling(forking) as started:
+        started.tell(event())
+        wait_until(lambda: children != [])
+    with ended(children[0]) as seen:
+        assert seen == status
 
 
 class _Broken:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from worker.events import Event
+from worker.steps.forks import ForksEnd
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,8 @@ class Hooks:
     @staticmethod
     def _call(hook: Callable[[Event], object], event: Event) -> None:
         try:
-            hook(event)
+            with ForksEnd():
+                hook(event)
         except BaseException:  # user code: SystemExit must not end the thread
             # Nor must what writes logs, which may be APP's.
             with contextlib.suppress(Exception):

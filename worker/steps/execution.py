@@ -23,6 +23,7 @@ import msgspec
 from worker.context import StepInfo, executing
 from worker.definitions import NOT_DONE, Step
 from worker.replay.records import Path, RunFacts
+from worker.steps.forks import ForksEnd
 
 T = TypeVar("T")
 
@@ -169,9 +170,11 @@ async def awaited(
     limit = None
     try:
         if timeout is None:
-            return Returned(await coroutine)
+            with ForksEnd():
+                return Returned(await coroutine)
         async with asyncio.timeout(timeout) as limit:
-            return Returned(await coroutine)
+            with ForksEnd():
+                return Returned(await coroutine)
     except asyncio.CancelledError as error:
         return CutShort() if uncancel() else Raised(error)
     except TimeoutError as error:
@@ -196,7 +199,8 @@ async def uninterrupted(coroutine: Coroutine[Any, Any, T]) -> T:
 def _caught(call: Call, function: Callable[[], Any]) -> Returned | Raised:
     with executing(call.facts, call.info):
         try:
-            return Returned(function())
+            with ForksEnd():
+                return Returned(function())
         except BaseException as error:  # noqa: BLE001 - user code, see above
             return Raised(error)
 

@@ -43,6 +43,7 @@ from worker.steps.execution import (
     awaited,
     uninterrupted,
 )
+from worker.steps.forks import ForksEnd
 
 _OPENING = (
     "select set_config('stepwell.canary', %s, true), pg_current_xact_id()::text,"
@@ -146,7 +147,8 @@ class Transactions:
             ):
                 args, kwargs = attempt.call.bound()
                 with _guarded(driver, _forbidden):
-                    value = attempt.call.step.function(given, *args, **kwargs)
+                    with ForksEnd():
+                        value = attempt.call.step.function(given, *args, **kwargs)
                     _check_open(driver, attempt)
                     if kind is TransactionKind.SQLALCHEMY_SESSION:
                         given.commit()
