@@ -67,12 +67,13 @@ OPENERS = {
 }
 ENGINES = {"create_engine": "creator", "create_async_engine": "async_creator"}
 
-# A command line, and the two programs that are started as processes of their own.
+# A command line, the programs that are started as processes of their own, and what ends a process that user code has forked.
 PROGRAMS = (
     "worker/cli/",
     "worker/supervision/process.py",
     "worker/demo/mailserver.py",
     "worker/demo/provider.py",
+    "worker/steps/forks.py",
 )
 EXITS = {"sys.exit", "os._exit", "os.abort", "exit", "quit"}
 
