@@ -555,8 +555,8 @@ READING = [
         "    perform unshelve_v1(my_queues, my_names, 10000);\n", "", *STRANGERS,
     ),
     mutant(
-        "statistics of a busy system", "the installation leaves none", "outbox/schema.py",
-        '                connection.execute(load("prime_statistics"))\n', "                pass\n",
+        "statistics of a busy system", "the installation leaves none", "outbox/migrations/__init__.py",
+        'sql, *recorded, load("prime_statistics"), "commit")', 'sql, *recorded, "commit")',
         *integration(
             "plans", "on_tables_that_were_never_analysed_a_list_reads_a_page_thanks_to_what_the_installation_left"
         ),
