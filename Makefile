@@ -119,7 +119,7 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --genera
 	--custom-compile-command 'make lock' $(ARGS)
 
 lock: $(DEPLOY_STAMP) ## Pin by hash what the image gets; ARGS=--upgrade takes the newest
-	$(LOCK) --extra encryption pyproject.toml --output-file deploy/requirements.txt
+	$(LOCK) --extra encryption --extra otel pyproject.toml --output-file deploy/requirements.txt
 	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" \
 		| $(LOCK) - --output-file deploy/requirements-build.txt
 

@@ -99,7 +99,8 @@ def test_everything_is_pinned_by_hash_and_nothing_says_where_it_comes_from(lock:
 
 def test_what_is_pinned_is_what_stepwell_requires() -> None:
     pinned = locked(LOCKS[0])
-    wanted = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["encryption"]]
+    extras = PROJECT["project"]["optional-dependencies"]
+    wanted = [*PROJECT["project"]["dependencies"], *extras["encryption"], *extras["otel"]]
     for each in map(Requirement, wanted):
         version = str(pinned[canonicalize_name(each.name)][0].specifier).removeprefix("==")
         assert each.specifier.contains(version), f"{each} is pinned to {version}: run `make lock`"
