@@ -1,5 +1,6 @@
--- Purpose: a transition counts for a task only if that is of the same run, and of the same call. A database that was put back gives ids of tasks
---   once more; a worker that was at work meanwhile could have written the end of a run that is gone over that of another.
+-- Purpose: a transition counts for a task only if that is of the same run, and of the same call. A database that was put
+--   back gives ids of tasks once more; a worker that was at work meanwhile could have written the end of a run that is gone
+--   over that of another.
 -- Transaction: one.
 -- Locks: none.
 
