@@ -156,8 +156,26 @@ async def test_also_once_it_has_a_pool_and_no_connection_in_it(
                     client.enqueue("w", {})
                 with pytest.raises(psycopg.OperationalError, match="too many clients"):
                     await other.enqueue("w", {})
-            client.enqueue("w", {})
-            await other.enqueue("w", {})
+            # A pool looks again after three seconds at the most, which is longer than it is waited for here.
+            async with asyncio.timeout(30):
+                while not _is_let_in(client) or not await _is_let_in_async(other):
+                    pass
+
+
+def _is_let_in(client: Client) -> bool:
+    try:
+        client.enqueue("w", {})
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+async def _is_let_in_async(client: AsyncClient) -> bool:
+    try:
+        await client.enqueue("w", {})
+    except psycopg.OperationalError:
+        return False
+    return True
 
 
 def test_a_client_whose_connections_are_all_in_use_says_that(

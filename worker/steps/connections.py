@@ -171,13 +171,16 @@ class _SQLAlchemy:
 
     @contextmanager
     def opened(self, statement: str, parameters: tuple[Any, ...]) -> Iterator[Opened]:
-        with self._engine.connect() as connection:
-            try:
+        pool = self._engine.pool
+        try:
+            with self._engine.connect() as connection:
                 row = connection.exec_driver_sql(statement, parameters).one()
                 yield Opened(connection, connection.connection.driver_connection, row)
-            finally:
-                if self._closed:  # an abandoned step comes back: nobody else would close its connection
-                    connection.invalidate()
+        finally:
+            # An abandoned step has come back, to a pool that was disposed of: nobody else would close its connection.
+            # Asked once that is there again: `close` may be called at any moment.
+            if self._closed:
+                pool.dispose()
 
     def given(self, kind: TransactionKind, connection: Any) -> AbstractContextManager[Any]:
         from sqlalchemy.orm import Session
