@@ -264,8 +264,9 @@ def is_disconnect(error: BaseException) -> bool:
     """Tell whether `error` means that the connection is gone or cannot be had, so that a new one may do.
 
     True for a broken connection, a server that shuts down, crashes, starts up, or has no slot left, a host that
-    cannot be reached, and answers that nobody has asked for: a pooler hands on what the server said when it went. False for a refusal that waiting does not cure (wrong password, no such
-    database) and for every error of a statement. Looks through SQLAlchemy's wrapper.
+    cannot be reached, and answers that nobody has asked for: a pooler hands on what the server said when it went.
+    False for a refusal that waiting does not cure (wrong password, no such database) and for every error of a
+    statement. Looks through SQLAlchemy's wrapper.
     """
     original = getattr(error, "orig", None)
     if isinstance(original, BaseException):

@@ -42,7 +42,7 @@ def enqueueing(workflow: str, options: Options) -> Iterator[Enqueueing]:
 
     A context that is given in the options is passed on as it is, without a span of our own.
     """
-    otel = _opentelemetry()
+    otel = opentelemetry_in_use()
     if otel is None or options.trace is not None:
         yield Enqueueing(options)
         return
@@ -56,7 +56,7 @@ def enqueueing_many(workflow: str, options: Options, count: int) -> Iterator[Opt
 
     Elsewhere each run has a trace of its own: a thousand runs in a trace that nobody has begun could not be read.
     """
-    otel = _opentelemetry()
+    otel = opentelemetry_in_use()
     if otel is None or options.trace is not None or not otel.get_current_span().get_span_context().is_valid:
         yield options
         return
@@ -68,7 +68,7 @@ def enqueueing_many(workflow: str, options: Options, count: int) -> Iterator[Opt
 @contextmanager
 def signalling(run: UUID, name: str) -> Iterator[str | None]:
     """Have a span ``signal NAME`` around this block; yield its context, to which whoever takes the signal links."""
-    otel = _opentelemetry()
+    otel = opentelemetry_in_use()
     if otel is None:
         yield None
         return
@@ -76,7 +76,7 @@ def signalling(run: UUID, name: str) -> Iterator[str | None]:
         yield _context_of(span)
 
 
-def _opentelemetry() -> Any:
+def opentelemetry_in_use() -> Any:
     """Return OpenTelemetry's API if this process has imported it; waits for a thread that is at it just now."""
     if sys.modules.get("opentelemetry.trace") is None:
         return None
@@ -115,8 +115,4 @@ def _span(
 def _context_of(span: Span) -> str | None:
     """Return a span as others know it; None where OpenTelemetry is not set up and the caller was given no context."""
     known = span.get_span_context()
-    if not known.is_valid:
-        return None
-    return TraceContext(
-        known.trace_id, known.span_id, int(known.trace_flags), known.trace_state.to_header()
-    ).text()
+    return TraceContext.of_span(known).text() if known.is_valid else None

@@ -216,7 +216,7 @@ def _execute(connection: psycopg.Connection[TupleRow], statement: Statement[T]) 
     try:
         return execute(connection, statement)
     except psycopg.InternalError:
-        connection.close()  # who answers what was not asked cannot be asked again
+        connection.close()  # who answers what was not asked, or has become read-only, is not asked again
         raise
     except _CONFLICTS:
         result: T = tenacity.Retrying(**_REPEATING)(execute, connection, statement)

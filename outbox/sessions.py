@@ -126,9 +126,8 @@ def roll_back(connection: Connection) -> None:
     if not is_pooled(connection):
         connection.rollback()
         return
-    with psycopg.ClientCursor(
-        connection
-    ) as cursor:  # one message, so that nobody gets the session in between
+    with psycopg.ClientCursor(connection) as cursor:
+        # One message, so that nobody gets the session in between.
         cursor.execute(_rollback_and_reset(), {"name": POOLED_WORKER})
 
 

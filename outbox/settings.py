@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from configparser import ConfigParser
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -201,19 +202,10 @@ def _from_environment(name: str, text: str) -> Any:
 
 
 def _truth(text: str) -> bool:
-    if text.lower() not in _TRUTHS:
-        raise ValueError(text)
-    return _TRUTHS[text.lower()]
+    try:
+        return ConfigParser.BOOLEAN_STATES[text.lower()]
+    except KeyError:
+        raise ValueError(text) from None
 
 
-_TRUTHS = {
-    "1": True,
-    "true": True,
-    "yes": True,
-    "on": True,
-    "0": False,
-    "false": False,
-    "no": False,
-    "off": False,
-}
 _READERS: dict[type, Callable[[str], Any]] = {int: int, float: float}

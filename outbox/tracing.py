@@ -14,10 +14,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Self
+from typing import TYPE_CHECKING, Self
 from uuid import UUID
 
 from outbox.errors import ConfigError
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import SpanContext
 
 SCOPE = "stepwell"
 """The name under which Stepwell makes spans, and the messaging system in their attributes."""
@@ -43,6 +46,11 @@ class TraceContext:
             return None
         made = cls(int(found[2], 16), int(found[3], 16), int(found[4], 16), found[5] or "")
         return made if made.trace_id and made.span_id else None
+
+    @classmethod
+    def of_span(cls, known: SpanContext) -> Self:
+        """Return what OpenTelemetry knows a span by."""
+        return cls(known.trace_id, known.span_id, int(known.trace_flags), known.trace_state.to_header())
 
     def text(self) -> str:
         """Return what is stored. A tracestate that is too long is left out, as W3C Trace Context allows."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 from tests.protocol import Lab, child_at
+from worker.engine.transitions import EndState
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text()
 RECOVER = TEXT[TEXT.index("\n## Recover\n") : TEXT.index("\n## What was tried where\n")]
@@ -19,12 +21,12 @@ def block(text: str) -> str:
     return str(found)
 
 
-def ended(lab: Lab, state: str = "succeeded", *, days: int = 100, key: str | None = None) -> UUID:
+def ended(lab: Lab, state: EndState = "succeeded", *, days: int = 100, key: str | None = None) -> UUID:
     """Return a run that has ended so many days ago, with something in each table."""
     (run,) = lab.enqueue(key=key) if key else lab.enqueue()
     worker = lab.worker()
     held = worker.take()
-    assert worker.flush(held.finish(held.record(1), state=state)) == [1]  # type: ignore[arg-type]
+    assert worker.flush(held.finish(held.record(1), state=state)) == [1]
     lab.db.execute("insert into stepwell.signals (run_id, name) values (%s, 'late')", (run,))
     lab.db.execute("insert into stepwell.state values (%s, 'phase', '1')", (run,))
     lab.db.execute("insert into stepwell.stream values (%s, 0, 1, 'log', '1')", (run,))
@@ -44,15 +46,25 @@ def known(lab: Lab) -> set[UUID]:
 
 
 def delete(lab: Lab) -> int:
-    row = lab.db.execute(block("with old as").encode()).fetchone()
+    return int(answer(lab, block("with old as")))
+
+
+def answer(lab: Lab, statement: str) -> Any:
+    """Return the first column of the first row of a statement that is put together, or read from the page."""
+    row = lab.db.execute(statement.encode()).fetchone()
     assert row is not None
-    return int(row[0])
+    return row[0]
+
+
+def counts(lab: Lab) -> list[int]:
+    """Return how many rows each table has."""
+    return [answer(lab, f"select count(*) from stepwell.{table}") for table in TABLES]
 
 
 def test_what_ended_long_ago_is_deleted_with_all_that_belongs_to_it(lab: Lab) -> None:
     gone = {ended(lab, key="a"), ended(lab, "failed"), ended(lab, "cancelled")}
     assert delete(lab) == len(gone)
-    assert [lab.one(f"select count(*) from stepwell.{table}") for table in TABLES] == [0] * len(TABLES)  # type: ignore[arg-type]
+    assert counts(lab) == [0] * len(TABLES)
     assert delete(lab) == 0
     (again,) = lab.enqueue(key="a")
     assert again not in gone
@@ -63,10 +75,10 @@ def test_what_is_recent_open_blocked_or_has_still_to_do_stays(lab: Lab) -> None:
     woken = ended(lab)
     lab.db.execute("select stepwell.wake(%s, 'cancel', '{\"epoch\": 0}')", (woken,))
     open_, *_ = lab.enqueue(delay="1 hour")
-    before = [lab.one(f"select count(*) from stepwell.{table}") for table in TABLES]  # type: ignore[arg-type]
+    before = counts(lab)
     assert delete(lab) == 0
     assert known(lab) == {*kept, woken, open_}
-    assert [lab.one(f"select count(*) from stepwell.{table}") for table in TABLES] == before  # type: ignore[arg-type]
+    assert counts(lab) == before
 
 
 def test_a_family_goes_when_its_last_member_has_ended(lab: Lab) -> None:
@@ -118,7 +130,7 @@ def test_a_part_of_what_has_failed_is_retried(lab: Lab) -> None:
         (runs[:2],),
     )
     statement = block("count(stepwell.retry(id))").replace("limit 100", "limit 1")
-    assert [lab.one(statement) for _ in range(3)] == [1, 1, 0]  # type: ignore[arg-type]
+    assert [answer(lab, statement) for _ in range(3)] == [1, 1, 0]
     assert [lab.state(run) for run in runs] == ["waiting", "waiting", "failed"]
 
 

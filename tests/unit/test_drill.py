@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -18,12 +20,12 @@ from tests.crash.patroni import Replication, Unavailable
 ROUND = Round("node1", "node2", 100.0, 21.5, enqueue_seconds=23.0, step_seconds=24.5)
 
 
-def account(**found: object) -> Account:
-    given: dict[str, object] = {
-        "rounds": [ROUND], "acknowledged": 100, "refused": 1, "lost": [], "verdict": Verdict(runs=101, completed=300),
-        "executed_again": 0, "reclaims": Counter(),
-    }  # fmt: skip
-    return Account(**{**given, **found})  # type: ignore[arg-type]
+def account(**found: Any) -> Account:
+    usual = Account(
+        rounds=[ROUND], acknowledged=100, refused=1, lost=[], verdict=Verdict(runs=101, completed=300),
+        executed_again=0, reclaims=Counter(),
+    )  # fmt: skip
+    return replace(usual, **found)
 
 
 def test_silence_is_the_longest_pause_that_began_about_the_kill() -> None:

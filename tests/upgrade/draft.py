@@ -66,7 +66,9 @@ def draft(have: Catalog, want: Catalog, whole: str, version: int) -> str:
 
 
 def _language(made: Any) -> str:
-    return re.search(r"^ LANGUAGE (\w+)", made[0], re.MULTILINE)[1]  # type: ignore[index]  # each has one
+    found = re.search(r"^ LANGUAGE (\w+)", made[0], re.MULTILINE)
+    assert found is not None, made[0]
+    return found[1]
 
 
 def _bare(signature: str) -> str:

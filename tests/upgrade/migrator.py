@@ -3,6 +3,8 @@
 As `stepwell migrate`, of a release that has the migrations in these files beside those that there are.
 """
 
+# ruff: noqa: T201 - a script that prints
+
 from __future__ import annotations
 
 import re
@@ -22,8 +24,8 @@ def main(url: str, files: list[str]) -> None:
     schema.SCHEMA_VERSION = found[-1].version
     migrations.numbered = lambda: found
     with connect(url, application_name="stepwell cli") as connection:
-        for title in schema.migrate(connection, tell=lambda sentence: print(sentence, flush=True)):  # noqa: T201
-            print(f"applied {title}", flush=True)  # noqa: T201
+        for title in schema.migrate(connection, tell=lambda sentence: print(sentence, flush=True)):
+            print(f"applied {title}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ Prints where its `outbox` is, then the id of each run, flushed; ends when its st
 than 0 if anything went wrong.
 """
 
+# ruff: noqa: T201 - a script that prints
+
 from __future__ import annotations
 
 import itertools
@@ -21,7 +23,7 @@ WORKFLOWS = ("short", "plain", "sleepy", "parent", "stumbling")
 
 
 def main(name: str) -> None:
-    print(outbox.__file__, flush=True)  # noqa: T201
+    print(outbox.__file__, flush=True)
     with Client() as client, psycopg.connect(os.environ["STEPWELL_DATABASE_URL"]) as connection:
         for n in itertools.count():
             if select.select([sys.stdin], [], [], EVERY_SECONDS)[0]:
@@ -36,7 +38,7 @@ def main(name: str) -> None:
                 inputs = [{"n": each} for each in range(5)]
                 runs += client.enqueue_many("short", inputs, key=lambda each, n=n: f"{name}-{n}-{each['n']}")
             for run in runs:
-                print(run.id, flush=True)  # noqa: T201
+                print(run.id, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
--- In which context some runs were enqueued, where that is known.
+-- Purpose: in which context some runs were enqueued, where that is known.
 -- Index: primary key of runs.
 -- Locks: none.
 select r.id, r.trace

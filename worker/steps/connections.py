@@ -3,8 +3,8 @@
 A source opens a transaction by a statement of the caller's and yields the driver's connection with what the step
 is given. Steps share sessions, one after the other: whatever one has set in a session (settings, a role, locks,
 temporary tables) is undone when it comes back to its pool; behind a connection pooler with the end of its transaction,
-by `worker.steps.transactions`. Each is made at the first step that wants it, and SQLAlchemy is imported only then: it takes longer to
-import than everything else that a worker needs.
+by `worker.steps.transactions`. Each is made at the first step that wants it, and SQLAlchemy is imported only then: it
+takes longer to import than everything else that a worker needs.
 """
 
 from __future__ import annotations

@@ -169,11 +169,10 @@ async def awaited(
     """Await user code; return Returned, Raised, TimedOut or CutShort."""
     limit = None
     try:
-        if timeout is None:
-            with ForksEnd():
+        with ForksEnd():
+            if timeout is None:
                 return Returned(await coroutine)
-        async with asyncio.timeout(timeout) as limit:
-            with ForksEnd():
+            async with asyncio.timeout(timeout) as limit:
                 return Returned(await coroutine)
     except asyncio.CancelledError as error:
         return CutShort() if uncancel() else Raised(error)

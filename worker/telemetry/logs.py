@@ -8,12 +8,12 @@ here never holds a payload; what a step logs is its author's business.
 from __future__ import annotations
 
 import logging
-import sys
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 import msgspec
 
+from outbox.producing import opentelemetry_in_use
 from worker.context import whereabouts
 from worker.replay.records import dotted
 
@@ -109,10 +109,9 @@ def _plain(value: object) -> str | int | None:
 
 def _current_span() -> dict[str, str]:
     """Return the ids of the current span, if this process uses OpenTelemetry and there is one."""
-    if sys.modules.get("opentelemetry.trace") is None:
+    otel = opentelemetry_in_use()
+    if otel is None:
         return {}
-    import opentelemetry.trace as otel  # waits for a thread that imports it just now
-
     known = otel.get_current_span().get_span_context()
     if not known.is_valid:
         return {}

@@ -121,10 +121,7 @@ class Tracing:
 
     def context_of(self, span: Span) -> TraceContext:
         """Return a span as other processes know it."""
-        known = span.get_span_context()
-        return TraceContext(
-            known.trace_id, known.span_id, int(known.trace_flags), known.trace_state.to_header()
-        )
+        return TraceContext.of_span(span.get_span_context())
 
     def flush(self, seconds: float) -> None:
         """Send what has ended, for so long at most: processors and exporters have time-outs of their own."""
