@@ -48,6 +48,7 @@ def pool(
         connection.autocommit = autocommit
 
     def reset(connection: psycopg.Connection[TupleRow]) -> None:
+        sessions.forget(connection)
         if sessions.is_pooled(connection):
             return  # its session has gone back already
         connection.autocommit = True
@@ -102,6 +103,7 @@ def async_pool(
         await connection.set_autocommit(autocommit)
 
     async def reset(connection: psycopg.AsyncConnection[TupleRow]) -> None:
+        sessions.forget(connection)
         if sessions.is_pooled(connection):
             return
         await connection.set_autocommit(True)

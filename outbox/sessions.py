@@ -17,9 +17,11 @@ A pooler is known by the process id: it gives its client another one than the se
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, LiteralString
 
 import psycopg
+from psycopg.rows import TupleRow, tuple_row
 from psycopg.types.string import TextBinaryLoader, TextLoader
 
 from outbox.errors import ConfigError
@@ -28,6 +30,8 @@ from outbox.queries import load
 POOLED_WORKER = "stepwell worker"
 """What a worker's sessions are called behind a pooler, instead of by its id."""
 _WORKER = re.compile(r"stepwell \d+")
+_OURSELVES = "reset role"
+"""User code may act as another role, which may not write what is ours."""
 
 Connection = psycopg.Connection[Any]
 AsyncConnection = psycopg.AsyncConnection[Any]
@@ -106,19 +110,49 @@ def reset() -> LiteralString:
     return f"{load('reset_session')};\n{load('session_settings')}"
 
 
-def give_back(connection: Connection) -> None:
-    """Undo what user code has done to a session that a pooler has lent; in a pipeline, behind the COMMIT.
+def forget(connection: Connection | AsyncConnection) -> None:
+    """Have a connection make cursors and rows like a new one, whatever user code has set."""
+    connection.row_factory = tuple_row
+    if isinstance(connection, psycopg.AsyncConnection):
+        connection.cursor_factory = psycopg.AsyncCursor
+    else:
+        connection.cursor_factory = psycopg.Cursor
 
-    Until that pipeline ends the pooler lends the session to nobody else.
+
+def commit(connection: Connection, statement: LiteralString, parameters: Mapping[str, Any]) -> TupleRow:
+    """Execute a last statement in a transaction that user code had, and commit; return the statement's row.
+
+    In one round trip, at whose end a session that a pooler has lent is as it was lent. Whatever fails, nothing behind it is
+    executed, and the transaction is left failed.
     """
-    connection.execute(load("reset_lent_session"))
-    connection.execute(load("pooled_settings"), {"name": POOLED_WORKER})
+    if is_pooled(connection):
+        with psycopg.ClientCursor(connection, row_factory=tuple_row) as cursor:
+            cursor.execute(_commit_and_reset(statement), {**parameters, "name": POOLED_WORKER})
+            cursor.nextset()
+            return _one(cursor.fetchone())
+    with connection.cursor(row_factory=tuple_row) as cursor:
+        with connection.pipeline():
+            connection.execute(_OURSELVES)
+            cursor.execute(statement, parameters)
+            connection.execute("commit")
+        return _one(cursor.fetchone())
 
 
-async def give_back_async(connection: AsyncConnection) -> None:
-    """Give a session back; see `give_back`."""
-    await connection.execute(load("reset_lent_session"))
-    await connection.execute(load("pooled_settings"), {"name": POOLED_WORKER})
+async def commit_async(
+    connection: AsyncConnection, statement: LiteralString, parameters: Mapping[str, Any]
+) -> TupleRow:
+    """Commit; see `commit`."""
+    if is_pooled(connection):
+        async with psycopg.AsyncClientCursor(connection, row_factory=tuple_row) as cursor:
+            await cursor.execute(_commit_and_reset(statement), {**parameters, "name": POOLED_WORKER})
+            cursor.nextset()
+            return _one(await cursor.fetchone())
+    async with connection.cursor(row_factory=tuple_row) as cursor:
+        async with connection.pipeline():
+            await connection.execute(_OURSELVES)
+            await cursor.execute(statement, parameters)
+            await connection.execute("commit")
+        return _one(await cursor.fetchone())
 
 
 def roll_back(connection: Connection) -> None:
@@ -127,7 +161,6 @@ def roll_back(connection: Connection) -> None:
         connection.rollback()
         return
     with psycopg.ClientCursor(connection) as cursor:
-        # One message, so that nobody gets the session in between.
         cursor.execute(_rollback_and_reset(), {"name": POOLED_WORKER})
 
 
@@ -140,5 +173,23 @@ async def roll_back_async(connection: AsyncConnection) -> None:
         await cursor.execute(_rollback_and_reset(), {"name": POOLED_WORKER})
 
 
+def _commit_and_reset(statement: LiteralString) -> LiteralString:
+    """Return one message that executes a statement, commits and resets, so that nobody gets the session in between.
+
+    A pipeline would not do: psycopg ends one with a Flush behind the last Sync. Where PgBouncer has taken the session back by
+    then it lends one for that Flush, which nothing answers, so that it stays lent until this client speaks again.
+    """
+    return f"{_OURSELVES};\n{statement};\ncommit;\n{_reset_lent()}"
+
+
 def _rollback_and_reset() -> LiteralString:
-    return f"rollback;\n{load('reset_lent_session')};\n{load('pooled_settings')}"
+    return f"rollback;\n{_reset_lent()}"
+
+
+def _reset_lent() -> LiteralString:
+    return f"{load('reset_session')};\n{load('pooled_settings')}"
+
+
+def _one(row: TupleRow | None) -> TupleRow:
+    assert row is not None, "a function returns a row"
+    return row

@@ -428,7 +428,7 @@ STEPS = [
     ),
     mutant(
         "a step that committed and then failed is not repeated", "it is", "worker/steps/transactions.py",
-        '            attempt.ended |= driver.execute(_FATE, (transaction,)).fetchone()[0] == "committed"\n', "",
+        "                attempt.learn(cursor.execute(_FATE, (transaction,)).fetchone())\n", "                pass\n",
         *integration(
             "engine_transactions", "a_step_that_commits_by_sql_and_then_fails_is_not_executed_again"
         ),
@@ -687,8 +687,8 @@ POOLER = [
         ),
     ),
     mutant(
-        "what a step sets in a pooler's session is undone with its COMMIT", "it stays", "worker/steps/transactions.py",
-        "            await sessions.give_back_async(driver)\n", "            pass\n",
+        "what a step sets in a pooler's session is undone with its COMMIT", "it stays", "outbox/sessions.py",
+        "commit;\\n{_reset_lent()}", "commit;\\n{load('pooled_settings')}",
         *integration("pooler", "whatever_a_step_does_to_its_session_nobody_else_finds[psycopg.AsyncConnection]"),
     ),
     mutant(

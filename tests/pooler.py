@@ -17,6 +17,7 @@ import signal
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
@@ -84,6 +85,11 @@ class Pooler:
                 client = stack.enter_context(psycopg.connect(through, application_name="tests"))
                 client.execute("select 1")
         return through
+
+    @property
+    def socket(self) -> Path:
+        """Where it listens."""
+        return self.home / f".s.PGSQL.{PORT}"
 
     @property
     def log(self) -> str:

@@ -22,6 +22,7 @@ import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TypeVar
 from urllib.parse import quote
@@ -34,6 +35,7 @@ T = TypeVar("T")
 
 CHUNK_BYTES = 65_536
 ENDS_REQUEST = b"SQHpXdcf"
+SYNC = b"S\0\0\0\4"
 ENCRYPTION_REQUESTS = (80877103, 80877104)
 CANCEL_REQUEST = 80877102
 
@@ -121,10 +123,14 @@ class _Link:
 
 
 class Proxy:
-    """A proxy before the server of `cluster`, also while that is down."""
+    """A proxy before the server of `cluster`, also while that is down, or before what listens at the socket `server`.
 
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
+    `in_turn`: a client is slow between its requests; no traps then.
+    """
+
+    def __init__(self, cluster: Cluster, server: Path | None = None, *, in_turn: bool = False) -> None:
+        self._server = server or cluster.server.socket_dir() / f".s.PGSQL.{embedded.PORT}"
+        self._in_turn = in_turn
         self._loop = asyncio.new_event_loop()
         self._links: set[_Link] = set()
         self._traps: list[Trap] = []
@@ -241,7 +247,8 @@ class Proxy:
         ways: list[asyncio.Task[None]] = []
         try:
             if await self._opened(link):
-                ways = [asyncio.create_task(each) for each in (self._requests(link), self._answers(link))]
+                both = (_in_turn(link),) if self._in_turn else (self._requests(link), self._answers(link))
+                ways = [asyncio.create_task(each) for each in both]
                 await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         except (OSError, EOFError):
             pass  # one of the two has gone
@@ -267,8 +274,7 @@ class Proxy:
             link.application = dict(zip(words[::2], words[1::2], strict=False)).get(
                 b"application_name", b""
             ).decode()  # fmt: skip
-        path = self._cluster.server.socket_dir() / f".s.PGSQL.{embedded.PORT}"
-        link.server, link.to_server = await asyncio.open_unix_connection(str(path))
+        link.server, link.to_server = await asyncio.open_unix_connection(str(self._server))
         link.to_server.write(message)
         return True
 
@@ -315,6 +321,18 @@ class Proxy:
                 continue
             link.to_client.write(data)
             await link.to_client.drain()
+
+
+async def _in_turn(link: _Link) -> None:
+    """Forward what comes behind a Sync only when that has been answered, as if it had been sent that much later."""
+    assert link.server is not None
+    assert link.to_server is not None
+    while True:
+        link.to_client.write(await _answer(link.server, b""))
+        request = b""
+        while not (request.startswith(b"Q") or request.endswith(SYNC)):
+            request, _ = await _request(link)
+            link.to_server.write(request)
 
 
 async def _request(link: _Link) -> tuple[bytes, str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
 from typing import Any
 
 import psycopg
@@ -12,6 +11,7 @@ import pytest
 import pytest_asyncio
 from tenacity import stop_after_attempt, wait_none
 
+from outbox import sessions
 from tests.effects import Gate
 from tests.engines import Lab, counted, keep_house_often
 from tests.postgres import Cluster
@@ -266,7 +266,7 @@ async def test_a_backend_that_dies_at_commit_has_written_nothing_and_the_step_is
 async def test_a_commit_whose_answer_is_lost_is_not_repeated(
     lab: Lab, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers_lost = lose_answers_of_pipelines(monkeypatch)
+    answers_lost = lose_answers_of_commits(monkeypatch)
     business = Business(kind)
     async with lab.engine(business.registry):
         for n, follow in enumerate(("step", "sleep", "nothing"), 1):
@@ -279,29 +279,25 @@ async def test_a_commit_whose_answer_is_lost_is_not_repeated(
     assert await notes(lab) == ["step", "sleep", "nothing"]
 
 
-def lose_answers_of_pipelines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let every pipeline come through without its client hearing of it; return the list that grows by each."""
+def lose_answers_of_commits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let every commit come through without its client hearing of it; return the list that grows by each."""
     lost: list[str] = []
-    pipeline, pipeline_async = psycopg.Connection.pipeline, psycopg.AsyncConnection.pipeline
+    commit, commit_async = sessions.commit, sessions.commit_async
 
-    @contextmanager
-    def lossy(self: Any) -> Iterator[Any]:
-        with pipeline(self) as opened:
-            yield opened
+    def lossy(connection: Any, *args: Any) -> None:
+        commit(connection, *args)
         lost.append("sync")
-        self.close()
+        connection.close()
         raise psycopg.OperationalError("the answer was lost")
 
-    @asynccontextmanager
-    async def lossy_async(self: Any) -> AsyncIterator[Any]:
-        async with pipeline_async(self) as opened:
-            yield opened
+    async def lossy_async(connection: Any, *args: Any) -> None:
+        await commit_async(connection, *args)
         lost.append("async")
-        await self.close()
+        await connection.close()
         raise psycopg.OperationalError("the answer was lost")
 
-    monkeypatch.setattr(psycopg.Connection, "pipeline", lossy)
-    monkeypatch.setattr(psycopg.AsyncConnection, "pipeline", lossy_async)
+    monkeypatch.setattr(sessions, "commit", lossy)
+    monkeypatch.setattr(sessions, "commit_async", lossy_async)
     return lost
 
 

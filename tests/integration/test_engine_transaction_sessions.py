@@ -9,6 +9,7 @@ from typing import Any
 import psycopg
 import pytest
 import pytest_asyncio
+from psycopg.rows import dict_row
 
 from outbox.database import connect
 from tests.engines import Lab
@@ -102,6 +103,30 @@ async def test_whatever_a_step_does_to_its_session_the_next_one_finds_it_as_it_w
     assert after == before
     assert len(set(visitor.backends)) == 1, "it was the same session"
     assert (await notes(lab))[-1] == "innocent"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("kind", ["psycopg.Connection", "psycopg.AsyncConnection"])
+async def test_how_a_step_has_its_rows_made_does_not_matter_and_the_next_one_has_them_as_always(
+    lab: Lab, kind: str, fails: bool
+) -> None:
+    seen: list[Any] = []
+
+    def then(given: Any, _: Any) -> None:
+        seen.append((given.row_factory, given.cursor_factory))
+        given.row_factory = dict_row
+        given.cursor_factory = psycopg.AsyncClientCursor if "Async" in kind else psycopg.ClientCursor
+        if fails and len(seen) == 1:
+            raise RuntimeError("afterwards")
+
+    business = Business(kind, then)
+    async with lab.engine(business.registry, connections=1):
+        run = await lab.enqueue(business.flow, {"note": "one", "follow": "nothing"})
+        assert (await lab.ended(run)).state == ("failed" if fails else "succeeded")
+        await lab.succeeded(await lab.enqueue(business.flow, {"note": "two", "follow": "nothing"}))
+    assert business.executions == 2
+    assert seen[0] == seen[1]
+    assert await notes(lab) == (["two"] if fails else ["one", "two"])
 
 
 @pytest.mark.parametrize("kind", SYNC_AND_ASYNC)

@@ -13,23 +13,24 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
 from psycopg.rows import TupleRow
 
-from outbox import Client, ConfigError, schema
+from outbox import Client, ConfigError, schema, sessions
 from outbox.database import connect, connect_async, is_full
 from outbox.pools import async_pool, pool
 from outbox.sessions import is_pooled
 from outbox.settings import Settings
+from tests.crash.proxy import Proxy
 from tests.engines import Lab
 from tests.integration.supervising import QUICK, lone_supervisor, supervising, until, workers
 from tests.integration.test_engine_transaction_sessions import SPOILING, Visitor
 from tests.pooler import Pooler, pooled
 from tests.postgres import Cluster
-from tests.transactional import KINDS, SYNC_AND_ASYNC, notes
+from tests.transactional import KINDS, SYNC_AND_ASYNC, Business, notes
 from tests.waiting import wait_until, wait_until_async
 from worker import step, workflow
 from worker.definitions import collecting
@@ -312,6 +313,57 @@ async def test_nor_what_a_step_has_done_that_failed(
                 "select count(*) from pg_locks l join pg_database d on d.oid = l.database"
                 " where l.locktype = 'advisory' and d.datname = current_database()"
             ) == [(0,)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_step_that_has_committed_holds_no_session_however_late_its_client_says_its_last_word(
+    cluster: Cluster, bouncer: Pooler, around: str, kind: str
+) -> None:
+    """A Flush behind the COMMIT would: a pooler lends a session for it, and nothing answers it."""
+    visitor = Visitor(kind)
+    flow = visitor.business.flow
+    with pooled(cluster, around, default_pool_size="1", min_pool_size="1") as (own, url):
+        database = psycopg.conninfo.conninfo_to_dict(url)["dbname"]
+        with Proxy(cluster, own.socket, in_turn=True) as slow:
+            async with Lab(url) as lab:
+                await lab.execute("create table crm (id serial primary key, note text, tx bigint)")
+                engine = lab.start(
+                    visitor.business.registry, url=slow.url(str(database)), connections=1, poll_seconds=0.1
+                )
+                try:
+                    for n in range(3):
+                        note = {"note": str(n), "follow": "nothing"}
+                        await lab.succeeded(await lab.enqueue(flow, note), timeout=10)
+                    await engine.drain()
+                finally:
+                    await engine.destroy()
+                assert await notes(lab) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("kind", SYNC_AND_ASYNC)
+async def test_a_session_that_cannot_be_given_back_takes_nothing_back_of_what_was_committed(
+    cluster: Cluster, bouncer: Pooler, around: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = sessions._commit_and_reset
+    spoilt: list[str] = []
+
+    def failing(statement: LiteralString) -> LiteralString:
+        if spoilt:
+            return message(statement)
+        spoilt.append(statement)
+        return f"{message(statement)};\nselect 1 / 0"
+
+    monkeypatch.setattr(sessions, "_commit_and_reset", failing)
+    business = Business(kind)
+    with one_session(cluster, around) as url:
+        async with Lab(url) as lab:
+            await lab.execute("create table crm (id serial primary key, note text, tx bigint)")
+            async with lab.engine(business.registry, poll_seconds=0.1):
+                assert await lab.succeeded(await lab.enqueue(business.flow)) == "saved x and went on"
+                assert await lab.succeeded(await lab.enqueue(business.flow)) == "saved x and went on"
+            assert await notes(lab) == ["x", "x"]
+    assert spoilt
+    assert business.executions == 2
 
 
 @pytest.mark.parametrize("kind", SYNC_AND_ASYNC)

@@ -201,6 +201,7 @@ def _reset_on_return(engine: Engine) -> None:
     def reset(connection: Any, record: Any, state: Any) -> None:
         if state.terminate_only or not state.asyncio_safe:
             return  # it is being closed, not returned
+        sessions.forget(record.driver_connection)
         connection.rollback()
         if sessions.is_pooled(record.driver_connection):
             return  # its session has gone back already

@@ -1,7 +1,7 @@
 """Transactional steps: the user's writes and the record of their completion commit together, or not at all.
 
 The worker opens a transaction and gives the step its connection or session. When the step has returned, the
-fenced completion (`commit_step_v1`) and COMMIT travel in one pipeline, so no task row stays locked while anything
+fenced completion (`commit_step_v1`) and COMMIT travel together, so no task row stays locked while anything
 waits for this process. A transaction-local setting is the canary: if it is gone, the step has ended the
 transaction itself, nothing binds its writes to the record, and the run is blocked rather than silently wrong. A
 step that fails after it has committed is found out as well: see `_rolled_back`.
@@ -26,6 +26,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NamedTuple
 
 from psycopg.pq import TransactionStatus
+from psycopg.rows import tuple_row
 
 from outbox import database, sessions
 from outbox.transient import is_bad_data, is_conflict, is_transient
@@ -51,8 +52,6 @@ _OPENING = (
 )
 """The lock marks the backend as this worker's for those who have to end it (backends.sql), whatever the step makes of
 its session's name. Nobody is kept out by it; that it may be refused is of no account."""
-_OURSELVES = "reset role"
-"""A step may act as another role, which may not record its completion."""
 _FATE = "select pg_xact_status(%s::xid8)"
 
 
@@ -153,13 +152,7 @@ class Transactions:
                     if kind is TransactionKind.SQLALCHEMY_SESSION:
                         given.commit()
                 documents = concluded(value)
-                with driver.pipeline():
-                    driver.execute(_OURSELVES)
-                    cursor = driver.execute(load("commit_step"), attempt.parameters(documents))
-                    driver.execute("commit")
-                    if sessions.is_pooled(driver):
-                        sessions.give_back(driver)
-                return Committed(cursor.fetchone()[0])
+                return Committed(*sessions.commit(driver, load("commit_step"), attempt.parameters(documents)))
 
         answer = await self._executor.in_thread(attempt.call, work, timeout, lambda: attempt.concluding)
         if isinstance(answer, Returned):
@@ -182,7 +175,8 @@ class Transactions:
                 if not isinstance(answer, Returned):
                     raise _RolledBackError(answer)
                 documents = attempt.concluded(answer.value)
-                return await uninterrupted(_commit_async(driver, attempt, documents))
+                committing = sessions.commit_async(driver, load("commit_step"), attempt.parameters(documents))
+                return Committed(*await uninterrupted(committing))
         except _RolledBackError as rolled_back:
             return rolled_back.answer
         except Exception as error:  # noqa: BLE001 - judged by the caller
@@ -198,6 +192,7 @@ class _Attempt:
         self.transaction = ""
         self.ended = False
         self.concluding = False
+        self.committed = False
         self.abandoned = False
         self._worker_id = worker_id
         self._conclude = conclude
@@ -209,8 +204,14 @@ class _Attempt:
         self.concluding = True
         return self._conclude(value)
 
-    def parameters(self, documents: Documents) -> tuple[Any, ...]:
-        return (self._worker_id, *documents, self.canary)
+    def learn(self, row: tuple[str]) -> None:
+        """Take note of the fate of the transaction that the step was given. Before its end only the step can commit it."""
+        if row == ("committed",):
+            self.ended, self.committed = not self.concluding, self.concluding
+
+    def parameters(self, documents: Documents) -> dict[str, Any]:
+        names = ("transitions", "records", "ends", "extras")
+        return {"worker": self._worker_id, **dict(zip(names, documents, strict=True)), "canary": self.canary}
 
     def outcome(self, error: BaseException) -> TransactionOutcome:
         """Judge what was raised, by the step, by the database, or on the way."""
@@ -221,6 +222,8 @@ class _Attempt:
             return Repeat(error, begun=False)
         if disconnected:
             return Uncertain() if self.concluding else Repeat(error)
+        if self.committed and state != "SW002":
+            return Uncertain()  # what has failed is what gives a pooler's session back
         if state == "SW004" or is_conflict(original) or (self.concluding and is_transient(original)):
             return Repeat(error)
         if state == "SW001":
@@ -264,16 +267,6 @@ async def _called(
     return value
 
 
-async def _commit_async(driver: Any, attempt: _Attempt, documents: Documents) -> Committed:
-    async with driver.pipeline():
-        await driver.execute(_OURSELVES)
-        cursor = await driver.execute(load("commit_step"), attempt.parameters(documents))
-        await driver.execute("commit")
-        if sessions.is_pooled(driver):
-            await sessions.give_back_async(driver)
-    return Committed((await cursor.fetchone())[0])
-
-
 def _check_open(driver: Any, attempt: _Attempt) -> None:
     """Raise when no transaction is open any more; costs nothing, as the driver keeps the status."""
     attempt.ended = driver.info.transaction_status is TransactionStatus.IDLE
@@ -293,7 +286,8 @@ def _rolled_back(driver: Any, attempt: _Attempt, transaction: str) -> Iterator[N
     except BaseException:
         if not driver.closed:
             sessions.roll_back(driver)
-            attempt.ended |= driver.execute(_FATE, (transaction,)).fetchone()[0] == "committed"
+            with driver.cursor(row_factory=tuple_row) as cursor:
+                attempt.learn(cursor.execute(_FATE, (transaction,)).fetchone())
         raise
 
 
@@ -306,8 +300,8 @@ async def _rolled_back_async(driver: Any, attempt: _Attempt, transaction: str) -
     except BaseException:
         if not driver.closed:
             await sessions.roll_back_async(driver)
-            cursor = await driver.execute(_FATE, (transaction,))
-            attempt.ended |= (await cursor.fetchone())[0] == "committed"
+            async with driver.cursor(row_factory=tuple_row) as cursor:
+                attempt.learn(await (await cursor.execute(_FATE, (transaction,))).fetchone())
         raise
 
 
