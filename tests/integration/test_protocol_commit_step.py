@@ -28,7 +28,8 @@ def user(lab: Lab) -> Iterator[Db]:
 
 
 def commit_step(worker: Worker, db: Db, writing: Writing, canary: str = CANARY) -> int:
-    row = db.execute(load("commit_step"), (worker.id, *encode([writing]), canary)).fetchone()
+    documents = dict(zip(("transitions", "records", "ends", "extras"), encode([writing]), strict=True))
+    row = db.execute(load("commit_step"), {"worker": worker.id, **documents, "canary": canary}).fetchone()
     assert row is not None
     return int(row[0])
 
