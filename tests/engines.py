@@ -35,7 +35,7 @@ T = TypeVar("T")
 _ids = itertools.count(5_000_001)
 
 SMALL: dict[str, Any] = {"concurrency": 50, "threads": 8, "connections": 4, "grace_seconds": 10.0}
-END_SECONDS = 20.0
+END_SECONDS = 60.0
 
 
 class Run(NamedTuple):

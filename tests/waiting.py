@@ -14,7 +14,7 @@ EVERY_SECONDS = 0.02
 
 
 def wait_until(
-    condition: Callable[[], T], timeout: float = 30.0, *, what: str = "", every: float = EVERY_SECONDS
+    condition: Callable[[], T], timeout: float = 60.0, *, what: str = "", every: float = EVERY_SECONDS
 ) -> T:
     """Return the first truthy answer of `condition`; fail the test when `timeout` seconds bring none.
 
@@ -29,7 +29,7 @@ def wait_until(
 
 
 async def wait_until_async(
-    condition: Callable[[], Awaitable[T] | T], timeout: float = 30.0, *, what: str = ""
+    condition: Callable[[], Awaitable[T] | T], timeout: float = 60.0, *, what: str = ""
 ) -> T:
     """Return the first truthy answer of `condition`, a plain or an async function."""
     deadline = time.monotonic() + timeout

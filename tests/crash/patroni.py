@@ -133,7 +133,7 @@ class Node:
             self.patroni.wait(20)
             self.patroni = None
         wait_until(
-            lambda: not any(map(_is_running, processes)), 20, what=f"the Postgres of {self.name} to end"
+            lambda: not any(map(_is_running, processes)), 60, what=f"the Postgres of {self.name} to end"
         )
 
 

@@ -114,11 +114,11 @@ def test_a_segfault_with_200_runs_in_flight_blocks_one_and_199_succeed(
                 living = [fleet.enqueue("living", n=n) for n in range(199)]
                 fleet.start()
                 wait_until(
-                    lambda: starts(fleet, "live") + starts(fleet, "segfault") == 200, 30, what="200 in flight"
+                    lambda: starts(fleet, "live") + starts(fleet, "segfault") == 200, 60, what="200 in flight"
                 )
                 assert len(workers(fleet)) == 1
             twice = "select from stepwell.tasks where run_id = %s and interruptions >= 2"
-            wait_until(lambda: fleet.db.execute(twice, (poisoned,)).fetchall(), 30, what="the second death")
+            wait_until(lambda: fleet.db.execute(twice, (poisoned,)).fetchall(), 60, what="the second death")
         assert ended(fleet, poisoned, *living) == {"succeeded": 199, "blocked": 1}
         row = fleet.db.execute(
             "select state, error ->> 'type' from stepwell.runs where id = %s", (poisoned,)
@@ -137,10 +137,10 @@ def test_a_worker_whose_event_loop_is_deadlocked_is_killed_and_its_runs_go_on(
         ((worker, pid),) = workers(fleet).items()
         with fleet.gate("live"):
             beside = fleet.enqueue("living", n=1)
-            wait_until(lambda: starts(fleet, "live") == 1, 20, what="the run beside it")
+            wait_until(lambda: starts(fleet, "live") == 1, 60, what="the run beside it")
             stuck = fleet.enqueue("deadlocked")
-            wait_until(lambda: starts(fleet, "deadlock") == 1, 20, what="the deadlock")
-            wait_until(lambda: worker not in workers(fleet) and workers(fleet), 30, what="another worker")
+            wait_until(lambda: starts(fleet, "deadlock") == 1, 60, what="the deadlock")
+            wait_until(lambda: worker not in workers(fleet) and workers(fleet), 60, what="another worker")
             assert is_gone(pid)
         assert ended(fleet, stuck, beside) == {"succeeded": 2}
         assert fleet.effects() == {"deadlock": 1, "live-1": 1}
@@ -154,10 +154,10 @@ def test_when_the_supervisor_alone_is_killed_its_worker_ends_and_the_other_takes
     before = workers(fleet)
     with fleet.gate("live"):
         run = fleet.enqueue("living", n=1)
-        wait_until(lambda: starts(fleet, "live") == 1, 20, what="the step to run")
+        wait_until(lambda: starts(fleet, "live") == 1, 60, what="the step to run")
         held = fleet.holder(run)
         os.kill(held.supervisor_pid, signal.SIGKILL)
-        wait_until(lambda: starts(fleet, "live") == 2, 20, what="another worker to take over")
+        wait_until(lambda: starts(fleet, "live") == 2, 60, what="another worker to take over")
         assert is_gone(held.pid)
     assert ended(fleet, run) == {"succeeded": 1}
     assert fleet.effects() == {"live-1": 1}
@@ -181,7 +181,7 @@ def test_a_worker_frozen_in_a_flush_that_holds_a_task_lock_does_not_keep_it(
     """It has locked the run of its step and waits for the step's own row when all of its tree stands still."""
     with fleet.gate("live"):
         run = fleet.enqueue("side_by_side", n=1)
-        wait_until(lambda: starts(fleet, "live") == 2, 20, what="both steps to run")
+        wait_until(lambda: starts(fleet, "live") == 2, 60, what="both steps to run")
         step, owner, pid = row(
             fleet,
             "select t.id, t.claimed_by, w.pid from stepwell.tasks t join stepwell.workers w on w.id = t.claimed_by"
@@ -196,15 +196,15 @@ def test_a_worker_frozen_in_a_flush_that_holds_a_task_lock_does_not_keep_it(
     )
     name = f"stepwell {owner}"
     wait_until(
-        lambda: fleet.db.execute(waiting, (name,)).fetchall(), 20, what="its flush to wait with the lock"
+        lambda: fleet.db.execute(waiting, (name,)).fetchall(), 60, what="its flush to wait with the lock"
     )
     assert not lockable(fleet, parent)
     with stopped(*reversed(tree_of(parent_of(pid)))):
-        wait_until(lambda: owner not in workers(fleet), 20, what="the worker to be buried")
-        wait_until(lambda: lockable(fleet, parent), 20, what="the lock of the run to come free")
+        wait_until(lambda: owner not in workers(fleet), 60, what="the worker to be buried")
+        wait_until(lambda: lockable(fleet, parent), 60, what="the lock of the run to come free")
         holding.close()
         assert ended(fleet, run) == {"succeeded": 1}
-    wait_until(lambda: len(workers(fleet)) == 2, 20, what="the frozen tree to start afresh")
+    wait_until(lambda: len(workers(fleet)) == 2, 60, what="the frozen tree to start afresh")
     assert owner not in workers(fleet)
     assert row(fleet, "select output from stepwell.runs where id = %s", run) == ([1, 2],)
     finals = [each for each in fleet.history(run) if each[1] == 0]
@@ -218,12 +218,12 @@ def test_a_tree_frozen_after_its_business_write_neither_stops_its_heir_nor_write
     fleet.db.execute("create unique index on saved (run)")
     with fleet.gate("book"):
         run = fleet.enqueue("booking")
-        wait_until(lambda: fleet.effects()["book"] == 1, 20, what="the business write")
+        wait_until(lambda: fleet.effects()["book"] == 1, 60, what="the business write")
         held = fleet.holder(run)
         with stopped(*reversed(tree_of(held.supervisor_pid))):
             assert ended(fleet, run) == {"succeeded": 1}
             frozen = set(fleet.db.execute("select seq, outcome, worker from stepwell.outbox").fetchall())
-    wait_until(lambda: len(workers(fleet)) == 2, 20, what="the frozen tree to start afresh")
+    wait_until(lambda: len(workers(fleet)) == 2, 60, what="the frozen tree to start afresh")
     assert held.pid not in workers(fleet).values()
     assert fleet.db.execute("select name, size from saved").fetchall() == [("booked", 1)]
     assert set(fleet.db.execute("select seq, outcome, worker from stepwell.outbox").fetchall()) == frozen
@@ -261,10 +261,10 @@ def test_when_all_come_back_at_once_from_an_outage_of_six_seconds_nobody_is_recl
         assert len(before) == 3
         with fleet.gate("live"):
             runs = [fleet.enqueue("resting", n=n, seconds=0.1) for n in range(1, 31)]
-            wait_until(lambda: starts(fleet, "live") == 30, 20, what="all runs to be in flight")
+            wait_until(lambda: starts(fleet, "live") == 30, 60, what="all runs to be in flight")
             cluster.stop("immediate")
             down = time.monotonic()
-        wait_until(lambda: fleet.effects().total() == 30, 20, what="the steps to end without a database")
+        wait_until(lambda: fleet.effects().total() == 30, 60, what="the steps to end without a database")
         wait_until(lambda: time.monotonic() - down >= OUTAGE_SECONDS, 10, what="the outage")
         cluster.start()
         fleet.db.close()
@@ -429,7 +429,7 @@ def test_a_clock_of_the_workers_that_jumps_changes_nothing(
                 runs += [
                     fleet.enqueue("resting", n=n, seconds=0.5) for n in range(len(runs) + 1, len(runs) + 11)
                 ]
-                wait_until(lambda: fleet.db.execute(IN_FLIGHT).fetchone() == (10,), 20, what="ten in flight")
+                wait_until(lambda: fleet.db.execute(IN_FLIGHT).fetchone() == (10,), 60, what="ten in flight")
                 clock.put(jump)
                 outlast_the_lease(fleet)
             assert ended(fleet, *runs) == {"succeeded": len(runs)}
@@ -454,6 +454,6 @@ def test_a_death_is_noticed_as_fast_as_ever_after_the_clock_has_jumped(
             fleet.reached("live")
             clock.put(jump)
             fleet.kill(fleet.holder(run), "tree")
-            wait_until(lambda: starts(fleet, "live") == 2, 20, what="the other supervisor to notice")
+            wait_until(lambda: starts(fleet, "live") == 2, 60, what="the other supervisor to notice")
         assert ended(fleet, run) == {"succeeded": 1}
         assert fleet.effects() == {"live-1": 1}

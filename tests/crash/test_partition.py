@@ -87,7 +87,7 @@ def test_a_silent_tree_is_replaced_and_what_it_writes_late_is_refused(fleet: Fle
             silent = fleet.holder(run)
             fleet.start()
             ground.fall_silent()
-            wait_until(lambda: fleet.holder(run).pid != silent.pid, 30, what="the run to be taken over")
+            wait_until(lambda: fleet.holder(run).pid != silent.pid, 60, what="the run to be taken over")
         fleet.wait_for(run, "succeeded")  # while the island is silent still, and executes the step as well
         ground.be_heard()
         wait_until(

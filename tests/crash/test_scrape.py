@@ -231,7 +231,7 @@ def _becomes(
         return seen == wanted
 
     try:
-        wait_until(agree, 20)
+        wait_until(agree, 60)
     except AssertionError:
         assert seen == wanted, expression
         raise

@@ -734,7 +734,7 @@ def test_a_worker_runs_what_is_enqueued_serves_its_metrics_and_drains(
 ) -> None:
     port = free_port()
     with worker(database_url, tmp_path, port) as process:
-        wait_until(lambda: is_ready(port), 30)
+        wait_until(lambda: is_ready(port), 60)
         done = stepwell("enqueue", "welcome", LEAD, "--wait", "--timeout", "30")
         assert (done.exit_code, done.stdout) == (0, "1\n")
         failed = stepwell("enqueue", "welcome", '{"lead": {"id": 2, "name": "bad"}}', "--wait", "--json")

@@ -117,8 +117,8 @@ def test_a_worker_shows_no_key_and_no_payload_to_ps_logs_or_the_database(
     run = stepwell("enqueue", "welcome", json.dumps({"name": SECRET}), "--allow-unknown").stdout.strip()
     bad = stepwell("enqueue", "welcome", json.dumps({"name": "bad"}), "--allow-unknown").stdout.strip()
     with working("--processes", "2") as (process, log), Client() as client:
-        wait_until(lambda: client.get(bad).status == "failed", 30, what="the failing run to end")
-        wait_until(lambda: client.state(run) == {"name": SECRET}, 30, what="the run to show its state")
+        wait_until(lambda: client.get(bad).status == "failed", 60, what="the failing run to end")
+        wait_until(lambda: client.state(run) == {"name": SECRET}, 60, what="the run to show its state")
         group = list(group_of(process.pid))
         assert len(group) >= 3
         for each in group:
@@ -141,7 +141,7 @@ def test_what_is_shown_is_opened_with_the_key_and_told_of_without(
 ) -> None:
     run = stepwell("enqueue", "welcome", json.dumps({"name": SECRET}), "--allow-unknown").stdout.strip()
     with working(), Client() as client:
-        wait_until(lambda: client.state(run) == {"name": SECRET}, 30, what="the run to show its state")
+        wait_until(lambda: client.state(run) == {"name": SECRET}, 60, what="the run to show its state")
         stepwell("signal", run, "go", json.dumps({"by": SECRET}))
         client.result(run, timeout=20)
     for arguments in (

@@ -97,7 +97,7 @@ def runs(shop: Shop, db: Db) -> tuple[str, str]:
             for name in ("Ann", "slow")
         ]
         states = "select (select state from stepwell.runs where id = %s), (select state from stepwell.tasks where run_id = %s)"
-        wait_until(lambda: db.execute(states, found).fetchone() == ("succeeded", "waiting"), 30)
+        wait_until(lambda: db.execute(states, found).fetchone() == ("succeeded", "waiting"), 60)
     finally:
         worker.kill()
         worker.wait()

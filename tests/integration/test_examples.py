@@ -629,7 +629,7 @@ class Terminal:
     def outcomes(self) -> list[tuple[Any, ...]]:
         """Return the workflows and results of all runs, when they have ended."""
         ended = "select bool_and(finished_at is not null) from stepwell.runs"
-        wait_until(lambda: self._db.execute(ended).fetchone() == (True,), 30, what="the runs to end")
+        wait_until(lambda: self._db.execute(ended).fetchone() == (True,), 60, what="the runs to end")
         told = "select workflow, status from stepwell.run_status order by id"
         return self._db.execute(told).fetchall()
 

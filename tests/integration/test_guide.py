@@ -145,7 +145,7 @@ async def test_the_examples_of_the_guide_do_what_it_says(lab: Lab, client: Clien
             found = client.list("approve", "waiting")
             return next((run for run in found if run.parent == parent.id), None)
 
-        other = await wait_until_async(lambda: asyncio.to_thread(second), 20)
+        other = await wait_until_async(lambda: asyncio.to_thread(second), 60)
         await asyncio.to_thread(client.signal, other.id, "approved", Approval("Edsger"))
         assert await ended(parent) == ["Grace", "Edsger", "2 orders"]
 
@@ -160,6 +160,6 @@ async def test_the_examples_of_the_guide_do_what_it_says(lab: Lab, client: Clien
         subscribed = client.enqueue(shop.subscription, 7)
         await lab.waits(subscribed.id)
         await lab.execute("update stepwell.tasks set due_at = now() where due_at > now() + interval '1 day'")
-        await wait_until_async(lambda: "bill 2" in shop.done, 20)
+        await wait_until_async(lambda: "bill 2" in shop.done, 60)
         await asyncio.to_thread(subscribed.signal, "cancelled")
         assert await ended(subscribed) == "ended after 2 months"

@@ -662,7 +662,7 @@ async def test_an_outage_longer_than_the_lease_reclaims_nobody(cluster: Cluster,
         supervising(database_url) as three,
     ):
         all_three = (one, two, three)
-        await wait_until_async(lambda: all(it.pids for it in all_three), 30, what="three workers")
+        await wait_until_async(lambda: all(it.pids for it in all_three), 60, what="three workers")
         before = {worker_id for it in all_three for worker_id in it.worker_ids}
         await asyncio.to_thread(cluster.stop, "immediate")
         down = time.monotonic()
@@ -678,6 +678,6 @@ async def test_an_outage_longer_than_the_lease_reclaims_nobody(cluster: Cluster,
                 now: dict[int, int] = dict(db.execute(beats).fetchall())
                 return all(now.get(id_, beat + enough) >= beat + enough for id_, beat in came_back.items())
 
-            await wait_until_async(beaten, 30, what="any detector to have had its time")
+            await wait_until_async(beaten, 60, what="any detector to have had its time")
         assert [it.reclaims for it in all_three] == [[], [], []]
         assert {worker_id for it in all_three for worker_id in it.worker_ids} == before

@@ -143,7 +143,7 @@ async def test_a_second_sigterm_stops_what_a_drain_would_wait_for(
         await until(lambda: not it.supervisor.vitals().claiming)
         assert not it.running.done()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert await asyncio.wait_for(it.running, 10) == 1
+        assert await asyncio.wait_for(it.running, 30) == 1
     assert claims(db) == {}
     assert workers(db) == []
 

@@ -57,7 +57,7 @@ class Shop:
                 )
             )
             ready = f"curl -sf localhost:{self.port}/readyz"
-            wait_until(lambda: self._shell(ready).returncode == 0, 30, what="the workers to be ready")
+            wait_until(lambda: self._shell(ready).returncode == 0, 60, what="the workers to be ready")
             return ""
         done = self._shell(command)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"

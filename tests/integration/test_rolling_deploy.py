@@ -108,7 +108,7 @@ class Site:
                 cwd=directory, env=self.environment, stdout=log, stderr=log,
             )  # fmt: skip
         self._workers.append(worker)
-        wait_until(lambda: self._living() >= before + 2, 30, what="the workers to register")
+        wait_until(lambda: self._living() >= before + 2, 60, what="the workers to register")
         return worker
 
     def drain(self, worker: subprocess.Popen[bytes]) -> None:
@@ -273,7 +273,7 @@ def test_a_run_that_has_failed_is_retried_under_patched_code(site: Site, failing
     old = site.start(before)
     with Client(site.url) as client:
         run = client.enqueue("order", n=1)
-        wait_until(lambda: run.info().status == "failed", 30)
+        wait_until(lambda: run.info().status == "failed", 60)
         site.drain(old)
         assert site.replay(after)["mismatches"] == []
         assert client.retry(run.id) == 1

@@ -125,7 +125,7 @@ async def test_a_mistake_in_the_configuration_ends_the_supervisor_with_the_sente
     database_url: str,
 ) -> None:
     async with supervising(database_url, "misconfigured", processes=2) as it:
-        assert await asyncio.wait_for(it.running, 10) == 2
+        assert await asyncio.wait_for(it.running, 30) == 2
         assert it.supervisor.complaint == "the app defines no workflow"
 
 
@@ -154,7 +154,7 @@ async def test_sigterm_drains(db: Db, database_url: str) -> None:
     async with supervising(database_url, processes=2) as it:
         await until(lambda: len(it.pids) == 2)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert await asyncio.wait_for(it.running, 10) == 0
+        assert await asyncio.wait_for(it.running, 30) == 0
     assert workers(db) == []
     assert claims(db) == {}
     assert it.reclaims == []
@@ -172,7 +172,7 @@ async def test_what_a_child_leaves_behind_is_reclaimed_when_it_is_told_to_stop(
         await until(lambda: it.count("draining") == 1)
         assert not it.running.done()
         os.kill(os.getpid(), signal.SIGINT)
-        assert await asyncio.wait_for(it.running, 10) == 1
+        assert await asyncio.wait_for(it.running, 30) == 1
     assert workers(db) == []
     assert it.reclaims == [("obituary", 2)]
 
@@ -185,7 +185,7 @@ async def test_a_child_that_outlives_the_grace_time_is_killed(
     async with supervising(database_url, "stubborn", settings={"grace_seconds": 0.3}) as it:
         await until(lambda: len(it.pids) == 1)
         it.supervisor.drain()
-        assert await asyncio.wait_for(it.running, 10) == 1
+        assert await asyncio.wait_for(it.running, 30) == 1
     assert workers(db) == []
 
 
@@ -195,7 +195,7 @@ async def test_a_supervisor_that_is_told_to_end_before_it_has_a_database_ends(cl
         async with supervising(cluster.url()) as it:
             await asyncio.sleep(0)
             it.supervisor.drain()
-            assert await asyncio.wait_for(it.running, 10) == 0
+            assert await asyncio.wait_for(it.running, 30) == 0
     finally:
         cluster.start()
 
@@ -358,14 +358,14 @@ async def test_a_supervisor_waits_for_a_database_that_is_down_at_the_start(
 
 async def test_a_missing_schema_ends_the_supervisor_with_what_to_do(empty_database_url: str) -> None:
     async with supervising(empty_database_url) as it:
-        assert await asyncio.wait_for(it.running, 10) == 2
+        assert await asyncio.wait_for(it.running, 30) == 2
         assert "stepwell migrate" in (it.supervisor.complaint or "")
         assert it.count("spawned") == 0
 
 
 async def test_a_refused_connection_ends_the_supervisor(cluster: Cluster) -> None:
     async with supervising(cluster.url(f"absent_{secrets.token_hex(4)}")) as it:
-        assert await asyncio.wait_for(it.running, 10) == 2
+        assert await asyncio.wait_for(it.running, 30) == 2
         assert "does not exist" in (it.supervisor.complaint or "")
 
 

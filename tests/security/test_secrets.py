@@ -390,7 +390,7 @@ def test_neither_passwords_nor_payloads_leave_a_worker_whatever_goes_wrong(
     with started(tmp_path, url, *arguments) as (process, log):
         address = wait_until(
             lambda: next((w for w in log.read_text().split() if w.startswith("http://")), "").partition("/metrics")[0],
-            30, what="the exporter",
+            60, what="the exporter",
         )  # fmt: skip
         for name in TEXTS:
             db.execute(
@@ -459,7 +459,7 @@ def test_a_worker_that_cannot_connect_tells_no_password(
     with started(tmp_path, url, "--metrics-port", "0", "--metrics-host", "127.0.0.1") as (process, log):
         wait_until(
             lambda: process.poll() is not None or "database" in log.read_text().split("serving", 1)[-1],
-            30, what="a complaint",
+            60, what="a complaint",
         )  # fmt: skip
         shown = command_lines(tree_of(process.pid))
         said = log.read_text()

@@ -369,12 +369,16 @@ class TestContexts:
             run = Run(flow)
             run.finish() if finish else run.start()
 
+        def garbage() -> int:
+            gc.collect()
+            drive()
+            return gc.collect()
+
         drive()
-        gc.collect()
         gc.disable()
         try:
-            drive()
-            assert gc.collect() == 0
+            # What other tests have left behind may end at any moment, but not each time.
+            assert min(garbage() for _ in range(3)) == 0
         finally:
             gc.enable()
 
