@@ -670,6 +670,11 @@ MIGRATING = [
 
 POOLER = [
     mutant(
+        "what was given back to newer workers is left to them", "it is claimed again at once", "worker/engine/claimed.py",
+        "        self._means.leave(self.claim.name)\n", "        pass\n",
+        *integration("encryption", "what_an_old_worker_has_given_back_it_leaves_to_newer_ones_however_seldom_they_look"),
+    ),
+    mutant(
         "behind a pooler nothing is prepared", "as anywhere", "outbox/sessions.py",
         '    row = connection.execute(load("session_backend"), _introduction(connection, application_name)).fetchone()\n'
         "    if row is not None and row[0]:\n        connection.prepare_threshold = None\n",

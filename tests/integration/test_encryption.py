@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 import re
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -428,6 +430,32 @@ async def test_an_old_worker_gives_back_what_newer_ones_with_the_key_can_open(la
             runs = [run async for run in client.enqueue_many(flow, [f"{SECRET} {n}" for n in range(30)])]
             assert [await run.result(timeout=30) for run in runs] == [f"{SECRET} {n}" for n in range(30)]
         assert not old.task.done()
+
+
+async def test_what_an_old_worker_has_given_back_it_leaves_to_newer_ones_however_seldom_they_look(
+    lab: Lab, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is the first to know that it has given something back, and would claim it again at once."""
+    with collecting() as registry:
+
+        @workflow
+        async def flow(word: str) -> str:
+            return word
+
+    given_back: Counter[str] = Counter()
+    with caplog.at_level(logging.INFO, logger="worker.engine.claimed"):
+        async with (
+            lab.engine(registry, encryption_keys=OLD, poll_seconds=0.02),
+            lab.engine(registry, encryption_keys=f"{NEW},{OLD}", poll_seconds=0.5),
+            client_with(lab, NEW) as client,
+        ):
+            while not given_back:  # each time the other one may have been the first
+                runs = [run async for run in client.enqueue_many(flow, [SECRET] * 5)]
+                assert [await run.result(timeout=60) for run in runs] == [SECRET] * 5
+                given_back.update(
+                    vars(each)["run_id"] for each in caplog.records if "given back" in each.message
+                )
+    assert set(given_back.values()) == {1}
 
 
 async def test_plain_inputs_and_signals_of_sql_go_in_and_everything_of_them_comes_out_sealed(

@@ -56,8 +56,6 @@ HELD_WAIT_SECONDS = 1.0
 """A retry that waits longer than this holds no slot: the run parks."""
 BUSY_THREAD_SECONDS = 1.0
 """How long a call waits whose abandoned thread still lives in this process."""
-GIVE_BACK_SECONDS = 0.5
-"""How long a run is held back from workers that it does not fit, before it is ready for all again."""
 UNWRITABLE_SECONDS = 5.0
 """How long a run waits whose very end is refused: only a person can help, and its step must not be executed again."""
 MAX_REPEATS = 20
@@ -125,14 +123,7 @@ class Claimed:
             "a run does not fit what is here (%s), but there are newer workers: it is given back", block.reason,
             extra={"run_id": str(self.claim.run_id)},
         )  # fmt: skip
-        self._interruptible = True
-        try:
-            await asyncio.sleep(GIVE_BACK_SECONDS)
-        except asyncio.CancelledError:
-            if not uncancel():
-                raise
-        finally:
-            self._interruptible = False
+        self._means.leave(self.claim.name)
         return Turn(Release())
 
     # -- what subclasses say

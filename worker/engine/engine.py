@@ -41,6 +41,7 @@ from worker.engine.committer import Committer, flush_rows
 from worker.engine.doorbell import ANY_QUEUE, Doorbell
 from worker.engine.intake import Intake
 from worker.engine.means import Means
+from worker.engine.names import Names
 from worker.engine.sandbox import Sandbox
 from worker.engine.transitions import applied_timer, applied_wake
 from worker.engine.vitals import Vitals
@@ -120,16 +121,17 @@ class Engine:
         self._doorbell = Doorbell(
             database.direct_url(settings, url), worker_id, self._queues, self._rung, self._cancellation_rung
         )
+        self._names = Names(registry, self._changed.set)
         means = Means(
             self._committer, self._executor, self._transactions, settings, Sandbox(),
             leaving=lambda: self._draining or self._alone,
+            leave=self._names.leave,
             reader=self._claimant,
         )  # fmt: skip
         self._watcher = Watcher.of(registry, tracing, worker_id, plain=not means.keyring)
         self._intake = Intake(self._claimant, registry, means, self._watcher)
-        self._names = self._intake.names
         self._caretaker = Caretaker(
-            self._claimant, self._committer, self._queues, self._names, self._held, self._changed.set, self._cancel,
+            self._claimant, self._committer, self._queues, self._names.all, self._held, self._changed.set, self._cancel,
             is_rung_for=lambda: self._doorbell.hears,
         )  # fmt: skip
 
@@ -199,10 +201,10 @@ class Engine:
             pid=os.getpid(),
             release=self._release,
             queues=self._queues,
-            names=self._names,
+            names=self._names.all,
         )
         self._registered = True
-        logger.info("claiming %s from %s", ", ".join(self._names), ", ".join(self._queues))
+        logger.info("claiming %s from %s", ", ".join(self._names.all), ", ".join(self._queues))
 
     async def _stop(self) -> None:
         await self._stopped.wait()
@@ -269,7 +271,7 @@ class Engine:
         for turn in range(len(self._queues)):
             queue = self._queues[(self._rotation + turn) % len(self._queues)]
             free = self._settings.concurrency - len(self._flying)
-            claims = await self._claimant.claim(queue, self._names, max(0, free))
+            claims = await self._claimant.claim(queue, self._names.claimed, max(0, free))
             await self._start(claims, queue)
             claimed += len(claims)
             self._backlog = 0 < free <= len(claims)
@@ -400,12 +402,14 @@ class Engine:
 
     async def _run_suspect(self, queue: str) -> bool:
         """Take one suspect and wait until it is done; tell whether there was one."""
-        claims = await self._claimant.claim(queue, self._names, 0, alone=True)
+        claims = await self._claimant.claim(queue, self._names.claimed, 0, alone=True)
         self._alone = False
         await self._start(claims, queue)
         while self._flying and not self._draining:
             self._changed.clear()
-            await self._start(await self._claimant.claim(queue, self._names, 0), queue)  # cancellations
+            await self._start(
+                await self._claimant.claim(queue, self._names.claimed, 0), queue
+            )  # cancellations
             await self._wait(CANCEL_SECONDS)
         self._alone = True
         return not self._draining and any(claim.kind in ("run", "step") for claim in claims)

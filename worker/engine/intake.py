@@ -25,11 +25,6 @@ class Intake:
         self._means = means
         self._watcher = watcher
 
-    @property
-    def names(self) -> list[str]:
-        """What a claim has to name to be taken here, sorted."""
-        return sorted({*self._workflows, *self._steps})
-
     async def taken(self, claims: Sequence[Claim], queue: str) -> AsyncIterator[Claimed]:
         """Yield what works on each of these claims, which are of one queue: runs first, wakes and timers not at all."""
         now, received_at = time.monotonic(), time.time_ns()

@@ -29,7 +29,10 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """What the claims of one process share. `leaving` tells whether runs are to be given back."""
+    """What the claims of one process share.
+
+    `leaving` tells whether runs are to be given back. `leave` has tasks of a name left to newer workers for a while.
+    """
 
     committer: Committer
     executor: Executor
@@ -37,6 +40,7 @@ class Means:
     settings: Settings
     guard: Guard
     leaving: Callable[[], bool]
+    leave: Callable[[str], None]
     reader: Reader
     keyring: Keyring = field(init=False)
 
