@@ -407,9 +407,8 @@ class Engine:
         await self._start(claims, queue)
         while self._flying and not self._draining:
             self._changed.clear()
-            await self._start(
-                await self._claimant.claim(queue, self._names.claimed, 0), queue
-            )  # cancellations
+            cancellations = await self._claimant.claim(queue, self._names.claimed, 0)
+            await self._start(cancellations, queue)
             await self._wait(CANCEL_SECONDS)
         self._alone = True
         return not self._draining and any(claim.kind in ("run", "step") for claim in claims)
