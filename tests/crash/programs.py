@@ -195,7 +195,9 @@ def chancy_of(nodes: list[Node]) -> Iterator[int]:
 def careful_of(nodes: list[Node]) -> Iterator[int]:
     """Return the ids of what takes effect once even if its worker is killed: it is looked at what has come of it.
 
-    Not in children that are begun by `start`: a retry of their parent may begin them again.
+    Not in children that are begun by `start`: a retry of their parent may begin them again. And not where several of a join
+    may be held at once: to say how one of them ended opens the run again, and has the others executed again unseen. That is a
+    fault of `resolve` which this will show when it is mended.
     """
     for kind, number, *rest in nodes:
         if kind in ("checked", "held"):
@@ -203,8 +205,19 @@ def careful_of(nodes: list[Node]) -> Iterator[int]:
         elif kind in ("race", "try", "child", "again"):
             yield from careful_of(rest[0])
         elif kind in ("gather", "settled"):
-            for branch in rest[0]:
-                yield from careful_of(branch)
+            careful = [number for branch in rest[0] for number in careful_of(branch)]
+            holding = [branch for branch in rest[0] if _holds(branch)]
+            yield from careful if len(holding) < 2 else ()
+
+
+def _holds(nodes: list[Node]) -> bool:
+    """Tell whether there is a step among these that waits for a person when its worker dies."""
+    return any(
+        kind == "held"
+        or (kind in ("race", "try", "child", "again") and _holds(rest[0]))
+        or (kind in ("gather", "settled") and any(_holds(branch) for branch in rest[0]))
+        for kind, _, *rest in nodes
+    )
 
 
 # -- carrying them out
