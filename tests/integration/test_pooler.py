@@ -260,10 +260,13 @@ async def test_many_runs_are_executed_once_while_the_pooler_is_killed_and_starte
 # -- transactional steps -----------------------------------------------------------------------------
 
 
+ONE_SESSION = {"default_pool_size": "1", "min_pool_size": "1"}
+
+
 @contextmanager
 def one_session(cluster: Cluster, around: str) -> Iterator[str]:
     """A pooler that has one session for everybody: whatever a step leaves in it the next client finds."""
-    with pooled(cluster, around, default_pool_size="1", min_pool_size="1") as (_, url):
+    with pooled(cluster, around, **ONE_SESSION) as (_, url):
         yield url
 
 
@@ -322,7 +325,7 @@ async def test_a_step_that_has_committed_holds_no_session_however_late_its_clien
     """A Flush behind the COMMIT would: a pooler lends a session for it, and nothing answers it."""
     visitor = Visitor(kind)
     flow = visitor.business.flow
-    with pooled(cluster, around, default_pool_size="1", min_pool_size="1") as (own, url):
+    with pooled(cluster, around, **ONE_SESSION) as (own, url):
         database = psycopg.conninfo.conninfo_to_dict(url)["dbname"]
         with Proxy(cluster, own.socket, in_turn=True) as slow:
             async with Lab(url) as lab:
